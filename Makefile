@@ -1,0 +1,41 @@
+# The commands people type. Everything happens in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-long lint format bench clean
+
+demo: $(VENV)/.with-report
+	$(BIN)/pathfm demo --out demo
+
+test: $(VENV)/.with-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2
+
+test-long: $(VENV)/.with-dev
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m long --timeout 1800
+
+lint: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.with-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.with-dev
+	$(BIN)/python -m benchmarks
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.with-report: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[report]'
+	touch $@
+
+$(VENV)/.with-dev: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,5 @@
+"""``python -m pathfm`` is the command ``pathfm``."""
+
+from pathfm.cli import main
+
+main()

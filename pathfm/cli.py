@@ -1,0 +1,161 @@
+"""The commands. Thin: each loads its code when it runs, so that ``pathfm --help`` is instant and imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from pathfm.study import Study
+
+EPILOG = "Exit codes: 0 done, 3 some slides failed (listed), 2 usage or settings, 1 internal error, 130 interrupted."
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=EPILOG,
+    help="Pathology slides to trustworthy slide classifiers: tile -> pretrain -> extract -> mil -> report.\n\n"
+    "Start with `pathfm demo`, or `pathfm tile SLIDES --out DIR`, or write one study file and `pathfm run STUDY.yaml`.",
+)
+mil_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Slide classifiers: train with honest folds, or predict new slides.")
+app.add_typer(mil_app, name="mil")
+
+StudyArgument = Annotated[Path, typer.Argument(help="A study file (YAML), or the output folder of an earlier `pathfm tile`.", metavar="STUDY")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set tile.mpp=0.5. Repeatable.", metavar="NAME=VALUE")]
+PatientOption = Annotated[bool, typer.Option("--patient-is-slide", help="Accept that every slide is its own patient.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")]
+
+
+@app.command()
+def tile(
+    sources: Annotated[list[str], typer.Argument(help="Slides, folders, globs, a cohort table (CSV), or one study file (YAML).")],
+    out: Annotated[Path | None, typer.Option(help="Output folder (needed unless a study file names it).")] = None,
+    mpp: Annotated[str | None, typer.Option(help="Resolution of the tiles in um per px, or `native`. [0.5]")] = None,
+    tile_px: Annotated[int | None, typer.Option(help="Side of a tile in px. [224]")] = None,
+    assume_mpp: Annotated[float | None, typer.Option(help="mpp of slides that carry none.")] = None,
+    folder_of_tiles: Annotated[bool, typer.Option("--folder-of-tiles", help="Each sub-folder of images is one slide.")] = False,
+    settings: SetOption = None,
+) -> None:
+    """Cut slides into tiles: tissue detection, true micrometres, quality columns, one zarr store per slide.
+
+    Example: pathfm tile slides/ --out out --mpp 0.5 --tile-px 224
+    """
+    from pathfm import workflow
+
+    options = {"tile.mpp": mpp, "tile.tile_px": tile_px, "tile.assume_mpp": assume_mpp, "out": out and out.absolute()}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    given += ["cohort.folder_of_tiles=true"] * folder_of_tiles
+    _finish(workflow.tile(workflow.study_from_sources(sources, [*given, *(settings or [])])))
+
+
+@app.command()
+def pretrain(study: StudyArgument, settings: SetOption = None) -> None:
+    """Pretrain a vision transformer on the tiles (DINOv2) and export the EMA teacher as a timm folder. Resumes by itself."""
+    from pathfm import workflow
+
+    _finish(workflow.pretrain(_study(study, settings)))
+
+
+@app.command()
+def extract(
+    study: StudyArgument,
+    encoder: Annotated[str | None, typer.Option(help="pretrained, timm:NAME, hf-hub:ORG/NAME, local-dir:PATH or untrained:NAME.")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Turn tiles into features: one HDF5 file per slide, whole or absent."""
+    from pathfm import workflow
+
+    given = [f"extract.encoder={encoder}"] if encoder else []
+    _finish(workflow.extract(_study(study, [*given, *(settings or [])])))
+
+
+@mil_app.command("train")
+def mil_train(study: StudyArgument, patient_is_slide: PatientOption = False, settings: SetOption = None) -> None:
+    """Train gated attention MIL in patient-level folds; the test fold is never used to choose anything."""
+    from pathfm import workflow
+
+    _finish(workflow.mil_train(_study(study, _patient(patient_is_slide, settings))))
+
+
+@mil_app.command("predict")
+def mil_predict(
+    study: StudyArgument,
+    slides: Annotated[list[str], typer.Argument(help="New slides, folders, globs or a cohort table.")],
+    out: Annotated[Path, typer.Option(help="Where predictions.csv and the features go.")],
+    settings: SetOption = None,
+) -> None:
+    """Predict new slides with the networks of a trained study: same tiles, same encoder, all members averaged."""
+    from pathfm import workflow
+
+    _finish(workflow.mil_predict(_study(study, settings), slides, out))
+
+
+@app.command()
+def run(study: StudyArgument, patient_is_slide: PatientOption = False, settings: SetOption = None) -> None:
+    """Run a whole study: what is stale, in order. A second run does nothing and says so."""
+    from pathfm import workflow
+
+    _finish(workflow.run(_study(study, _patient(patient_is_slide, settings))))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the synthetic slides and all results.")] = Path("demo"),
+    settings: SetOption = None,
+) -> None:
+    """Draw a small cohort of synthetic slides and run the whole pipeline on it, on the CPU, in a few minutes."""
+    from pathfm.demo import run_demo
+
+    _finish(run_demo(out, settings or []))
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="A study file, slide, tile store, feature file, encoder or output folder.")]) -> None:
+    """Say what something is: the resolved settings of a study, or the facts of an artifact."""
+    from pathfm.inspection import inspect_path
+    from pathfm.log import say
+
+    say(inspect_path(path))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do: torch, GPUs, bf16, OpenSlide, decoders, free disk."""
+    from pathfm.doctor import diagnose
+    from pathfm.log import say
+
+    for line in diagnose():
+        say(line)
+
+
+def _patient(patient_is_slide: bool, settings: list[str] | None) -> list[str]:
+    return ["cohort.patient_is_slide=true"] * patient_is_slide + (settings or [])
+
+
+def _study(source: Path, settings: list[str] | None) -> Study:
+    from pathfm import workflow
+
+    return workflow.open_study(source, settings or [])
+
+
+def _finish(exit_code: int) -> NoReturn:
+    raise typer.Exit(int(exit_code))
+
+
+def main() -> None:
+    """Runs the command; every foreseen error is one line and its exit code."""
+    from pathfm.errors import ExitCode, PathfmError
+
+    try:
+        app()
+    except PathfmError as error:
+        print(f"pathfm: {error}", file=sys.stderr)
+        raise SystemExit(int(error.exit_code)) from None
+    except KeyboardInterrupt:
+        print("pathfm: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(int(ExitCode.INTERRUPTED)) from None

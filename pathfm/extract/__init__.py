@@ -1,0 +1,1 @@
+"""Stage 3: tiles and an encoder to features."""

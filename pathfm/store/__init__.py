@@ -1,0 +1,1 @@
+"""Everything on disk: layout, cohort table, tile store, feature file, atomic commits."""

@@ -1,0 +1,231 @@
+"""The cohort: which slides, whose, and with which labels. Everything is checked before any work starts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pathfm.config import bullet_list, did_you_mean
+from pathfm.errors import UsageError
+from pathfm.geometry import MPP_SANE, mpp_is_sane
+from pathfm.study import CohortSettings
+
+REQUIRED = ("slide_id", "path")
+RESERVED = (*REQUIRED, "patient_id", "mpp", "site", "split", "lesion_mask")
+"""Columns with a meaning of their own; every other column is a label column."""
+MAX_ID_BYTES = 200
+"""File systems allow 255 bytes per name; the rest is for suffixes."""
+
+FindSlides = Callable[[Sequence[str], bool], Sequence[tuple[str, Path]]]
+"""Discovery without a table: (sources, folder_of_tiles) -> (slide_id, path) of every slide."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlideRow:
+    """One slide of the cohort. ``line`` is its line in the table (0 without a table); an absent label is empty text."""
+
+    slide_id: str
+    path: Path
+    line: int = 0
+    patient_id: str | None = None
+    mpp: float | None = None
+    site: str | None = None
+    split: str | None = None
+    lesion_mask: Path | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """All slides of a study, in the order of the table (by slide_id without one), and the names of the label columns."""
+
+    rows: tuple[SlideRow, ...]
+    label_names: tuple[str, ...] = ()
+
+
+def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = None) -> Cohort:
+    """The cohort of a table, or without a table of the slides that ``find`` finds in the given sources.
+
+    Args:
+        settings: the study's ``cohort`` table.
+        base: folder that relative paths of the settings start at (paths inside the table start at the table's folder).
+        find: discovery; needed when there is no table.
+
+    Raises:
+        UsageError: anything wrong with the table or the ids, all problems in one message with their line numbers.
+    """
+    if settings.table and settings.slides:
+        raise UsageError("both a table and slides are given", where="cohort", fix="keep one: cohort.table or cohort.slides")
+    if settings.table:
+        return _read_table(base / settings.table)
+    if not settings.slides:
+        raise UsageError("no slides are given", where="cohort", fix="set cohort.table=FILE.csv or cohort.slides=[FOLDER]")
+    if find is None:
+        raise TypeError("a cohort without a table needs a function that finds slides")
+    found = find([str(base / source) for source in settings.slides], settings.folder_of_tiles)
+    rows = tuple(SlideRow(slide_id, path) for slide_id, path in sorted(found))
+    if not rows:
+        raise UsageError("no slides were found", where=", ".join(settings.slides), fix="check cohort.slides")
+    problems = [f"{row.path}: {problem}" for row in rows if (problem := id_problem(row.slide_id))]
+    _refuse(problems + _clashes(rows), "cohort.slides")
+    return Cohort(rows)
+
+
+def check_labels(cohort: Cohort, label: str, level: Literal["patient", "slide"]) -> None:
+    """Refuse a label column that is absent or empty, or (``level="patient"``) patients whose slides contradict each other.
+
+    Raises:
+        UsageError: naming the column, or every such patient with its labels and lines.
+    """
+    where = f"label {label!r}"
+    if label not in cohort.label_names:
+        known = ", ".join(cohort.label_names) or "none"
+        hint = did_you_mean(label, cohort.label_names)
+        raise UsageError(f"the cohort has no such label column{hint}", where=where, fix=f"label columns: {known}")
+    labelled = [row for row in cohort.rows if row.labels.get(label)]
+    if not labelled:
+        raise UsageError("no slide has this label", where=where, fix="fill the column, or set mil.label to another one")
+    if level == "slide":
+        return
+    seen: dict[str, dict[str, list[int]]] = {}
+    for row in labelled:
+        if row.patient_id is not None:
+            seen.setdefault(row.patient_id, {}).setdefault(row.labels[label], []).append(row.line)
+    _refuse([_contradiction(patient, said) for patient, said in seen.items() if len(said) > 1], where)
+
+
+def id_problem(slide_id: str) -> str:
+    """Why a slide_id cannot name a file inside the output folder; empty text when it can."""
+    if not slide_id:
+        return "the slide_id is empty"
+    if any(unicodedata.category(character) in {"Cc", "Cs"} for character in slide_id):
+        return f"slide_id {slide_id!r} holds a control character"
+    if slide_id != slide_id.strip():
+        return f"slide_id {slide_id!r} starts or ends with a space"
+    if "/" in slide_id or "\\" in slide_id:
+        return f"slide_id {slide_id!r} holds a slash, and would leave the output folder"
+    if slide_id.startswith("."):
+        return f"slide_id {slide_id!r} starts with a dot"
+    if len(slide_id.encode()) > MAX_ID_BYTES:
+        return f"slide_id {slide_id[:20]!r}... is longer than {MAX_ID_BYTES} bytes"
+    return ""
+
+
+def _read_table(table: Path) -> Cohort:
+    header, cells = _read_cells(table)
+    problems = [f"column {name!r} is there twice" for name in dict.fromkeys(header) if name and header.count(name) > 1]
+    problems += [f"column {index} has no name" for index, name in enumerate(header, start=1) if not name]
+    absent = [name for name in REQUIRED if name not in header]
+    problems += [f"there is no column {name!r}{did_you_mean(name, set(header) - set(RESERVED))}" for name in absent]
+    if problems:
+        raise UsageError(bullet_list(problems), where=str(table), fix=f"columns: {', '.join(header)}")
+    if not cells:
+        raise UsageError("the table has no rows", where=str(table))
+    rows: list[SlideRow] = []
+    for line, values in cells:
+        if len(values) != len(header):
+            problems.append(f"line {line}: {len(values)} fields, but the header has {len(header)} columns")
+            continue
+        row, wrong = _read_row(dict(zip(header, values, strict=True)), line, table.parent)
+        problems += [f"line {line}: {problem}" for problem in wrong]
+        rows.append(row)
+    _refuse(problems + _clashes(rows), str(table))
+    return Cohort(tuple(rows), tuple(name for name in header if name not in RESERVED))
+
+
+def _read_cells(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Column names, and the line number and values of every row that is not blank; all stripped text."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError("there is no such cohort table", where=str(table)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the cohort table cannot be read as UTF-8 text: {error}", where=str(table)) from None
+    # The delimiter is whichever is most frequent in the header: column names hold none of the three.
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    # Strict, because an unclosed quote would otherwise swallow the rest of the table without a word.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    cells: list[tuple[int, list[str]]] = []
+    try:
+        for values in reader:
+            stripped = [value.strip() for value in values]
+            cells += [(reader.line_num, stripped)] if any(stripped) else []
+    except csv.Error as error:
+        raise UsageError(f"not a valid CSV table: {error}", where=f"{table}, line {reader.line_num}") from None
+    if not cells:
+        raise UsageError("the table is empty", where=str(table), fix=f"columns: {', '.join(RESERVED)}, and labels")
+    return cells[0][1], cells[1:]
+
+
+def _read_row(values: Mapping[str, str], line: int, folder: Path) -> tuple[SlideRow, list[str]]:
+    """A row and what is wrong with it."""
+    problems = [problem] if (problem := id_problem(values["slide_id"])) else []
+    if values.get("patient_id") == "":
+        problems.append("the patient_id is empty")
+    mpp, path, mask = _number(values.get("mpp", "")), folder / values["path"], values.get("lesion_mask", "")
+    if values.get("mpp") and (mpp is None or not mpp_is_sane(mpp)):
+        problems.append(f"mpp {values['mpp']!r} must be a number from {MPP_SANE[0]} to {MPP_SANE[1]} micrometres per pixel")
+    if not values["path"]:
+        problems.append("the path is empty")
+    elif not _exists(path):
+        problems.append(f"there is no file {path}")
+    if mask and not _exists(folder / mask):
+        problems.append(f"there is no lesion mask {folder / mask}")
+    row = SlideRow(
+        slide_id=values["slide_id"],
+        path=path,
+        line=line,
+        patient_id=values.get("patient_id"),
+        mpp=mpp,
+        site=values.get("site") or None,
+        split=values.get("split") or None,
+        lesion_mask=folder / mask if mask else None,
+        labels={name: value for name, value in values.items() if name not in RESERVED},
+    )
+    return row, problems
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or that holds a NUL
+        return False
+
+
+def _clashes(rows: Iterable[SlideRow]) -> list[str]:
+    """Ids that are equal, or would be on a file system that ignores case or the way accents are written."""
+    first: dict[str, SlideRow] = {}
+    problems: list[str] = []
+    for row in rows:
+        if not row.slide_id:
+            continue
+        other = first.setdefault(unicodedata.normalize("NFC", row.slide_id).casefold(), row)
+        if other is row:
+            continue
+        same = "is there twice" if other.slide_id == row.slide_id else f"differs from {other.slide_id!r} in case only"
+        place = f"line {row.line}: " if row.line else ""
+        origin = f" on line {other.line}" if other.line else ""
+        problems.append(f"{place}slide_id {row.slide_id!r} {same}: {row.path}, and{origin} {other.path}")
+    return problems
+
+
+def _contradiction(patient: str, said: Mapping[str, Sequence[int]]) -> str:
+    parts = [f"{label!r} on line {', '.join(map(str, lines))}" for label, lines in said.items()]
+    return f"patient {patient!r} is {' and '.join(parts)}"
+
+
+def _refuse(problems: Sequence[str], where: str) -> None:
+    if problems:
+        raise UsageError(bullet_list(problems), where=where)

@@ -1,0 +1,61 @@
+"""Where everything of a study lies under its output folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathfm.study import TileSettings
+
+
+def tile_spec(settings: TileSettings, digest: str) -> str:
+    """The folder name of one way of tiling: ``224px-0.5mpp-3f9c``; changing a setting never overwrites earlier work."""
+    scale = "native" if settings.mpp == "native" else f"{settings.mpp:g}mpp"
+    return f"{settings.tile_px}px-{scale}-{digest[:4]}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of one study.
+
+    Attributes:
+        out: the study's output folder.
+        spec: folder name of the tile settings (``tile_spec``).
+    """
+
+    out: Path
+    spec: str
+
+    @property
+    def study_file(self) -> Path:
+        """The resolved settings of the last command."""
+        return self.out / "study.yaml"
+
+    @property
+    def tiles(self) -> Path:
+        """Folder of tile stores."""
+        return self.out / "tiles" / self.spec
+
+    def store(self, slide_id: str) -> Path:
+        """The tile store of a slide."""
+        return self.tiles / f"{slide_id}.zarr"
+
+    @property
+    def encoder(self) -> Path:
+        """The study's own encoder: checkpoints, teacher, untrained."""
+        return self.out / "encoder"
+
+    def features(self, encoder_name: str, digest: str) -> Path:
+        """Folder of feature files of one encoder and recipe."""
+        safe = "".join(character if character.isalnum() or character in "._-" else "-" for character in encoder_name)
+        return self.out / "features" / self.spec / f"{safe}-{digest[:8]}"
+
+    @property
+    def mil(self) -> Path:
+        """Folds, models, predictions, attention."""
+        return self.out / "mil"
+
+    @property
+    def report(self) -> Path:
+        """The page people look at."""
+        return self.out / "report"

@@ -1,0 +1,99 @@
+"""What happened: one outcome row per slide, and the record (versions, times, host) that lies beside an artifact."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pathfm.errors import ExitCode
+from pathfm.store.commit import read_json, write_json
+from pathfm.study import Settings
+
+Status = Literal["done", "kept", "empty", "failed"]
+LIBRARIES = ("pathfm", "numpy", "torch", "timm", "lightning", "zarr", "h5py", "openslide-python", "openslide-bin", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one slide in one stage.
+
+    Attributes:
+        slide_id: the slide.
+        status: done (made now), kept (was up to date), empty (nothing to use, with the reason), failed (with the reason).
+        reason: why it is empty or failed, and what to do.
+        counts: numbers worth a column, as kept and dropped tiles.
+    """
+
+    slide_id: str
+    status: Status
+    reason: str = ""
+    counts: Mapping[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did: its outcome rows, in slide order."""
+
+    stage: str
+    outcomes: tuple[Outcome, ...] = ()
+    note: str = ""
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """How many slides ended in each status."""
+        return Counter(outcome.status for outcome in self.outcomes)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """3 when a slide failed, else 0."""
+        return ExitCode.SOME_FAILED if self.statuses["failed"] else ExitCode.DONE
+
+    @property
+    def did_nothing(self) -> bool:
+        """Whether everything was up to date."""
+        return not self.statuses["done"] and not self.statuses["failed"]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that can change a result."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_record(folder: Path, report: StageReport, settings: Settings, started: datetime.datetime | None = None) -> None:
+    """Writes ``folder/record.json``: outcomes, settings, versions, host and times."""
+    now = datetime.datetime.now(datetime.UTC)
+    write_json(
+        folder / "record.json",
+        {
+            "stage": report.stage,
+            "note": report.note,
+            "settings": settings.model_dump(mode="json"),
+            "versions": library_versions(),
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "started": (started or now).isoformat(timespec="seconds"),
+            "ended": now.isoformat(timespec="seconds"),
+            "outcomes": [asdict(outcome) for outcome in report.outcomes],
+        },
+    )
+
+
+def read_record(folder: Path) -> StageReport | None:
+    """The report kept in ``folder/record.json``, or None when there is none."""
+    path = folder / "record.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    return StageReport(content["stage"], tuple(Outcome(**row) for row in content["outcomes"]), content.get("note", ""))

@@ -1,0 +1,294 @@
+"""Tile stores: one zarr v3 group per slide, one chunk per tile, sharded. Specified in ``docs/tile-store.md``.
+
+Written and read directly (``shards.py``), while the folder stays a plain zarr group that other programs open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from numcodecs.zstd import Zstd
+from zarr.codecs import BytesCodec, ZstdCodec
+
+from pathfm import jpeg
+from pathfm.errors import StoreError
+from pathfm.geometry import Size
+from pathfm.store import zarr_jpeg
+from pathfm.store.commit import read_json, recover
+from pathfm.store.shards import ShardReader, write_shard
+
+FORMAT = "pathfm-tile-store"
+VERSION = 1
+ZSTD_LEVEL = 3
+Pixels = npt.NDArray[np.uint8]
+
+zarr_jpeg.register()
+
+
+@dataclass(frozen=True)
+class TileCodec:
+    """How the pixels of a store are encoded."""
+
+    name: Literal["jpeg", "zstd"] = "jpeg"
+    quality: int = 90
+
+    def encode(self, tile: Pixels) -> bytes:
+        """One tile [H, W, 3] as bytes."""
+        if self.name == "jpeg":
+            return jpeg.encode(tile, self.quality)
+        data: bytes = Zstd(level=ZSTD_LEVEL).encode(np.ascontiguousarray(tile))
+        return data
+
+    def decode(self, data: bytes, side: int) -> Pixels:
+        """Bytes back to a tile [side, side, 3]."""
+        if self.name == "jpeg":
+            return jpeg.decode(data)
+        return np.frombuffer(Zstd().decode(data), dtype=np.uint8).reshape(side, side, 3)
+
+
+@dataclass(frozen=True)
+class TileStoreInfo:
+    """What is known of a slide and its tiles besides pixels; becomes the group's attributes.
+
+    Attributes:
+        slide_id: from the cohort table.
+        fingerprint: what the store depends on.
+        tile_px: side of a tile [px].
+        mpp: micrometres per pixel of the stored tiles, None when unknown.
+        tile_side_level0: exact side of a tile in level-0 pixels (0 where tiles have no coordinates).
+        size_level0: width and height of the slide [level-0 px].
+        quality_names: names of the columns of ``quality``.
+        thumbnail_downsample: level-0 px per thumbnail px.
+        coords_synthetic: the coordinates are those of a mosaic, not of tissue.
+        extra: allow-listed facts (vendor, mpp source, objective, reader, counts, identity, perceptual hash, reason).
+    """
+
+    slide_id: str
+    fingerprint: str
+    tile_px: int
+    mpp: float | None
+    tile_side_level0: float
+    size_level0: Size
+    quality_names: tuple[str, ...] = ()
+    thumbnail_downsample: float = 1.0
+    coords_synthetic: bool = False
+    extra: Mapping[str, Any] | None = None
+
+
+class TileStoreWriter:
+    """Appends encoded tiles to shards, holding at most one shard in memory; ``finish`` makes the folder a zarr group.
+
+    Args:
+        folder: an empty folder (a temporary one of ``commit_dir``).
+        codec: pixel encoding.
+        tile_px: side of the tiles [px].
+        shard_tiles: tiles per shard file.
+    """
+
+    def __init__(self, folder: Path, codec: TileCodec, tile_px: int, shard_tiles: int = 256) -> None:
+        self._folder, self._codec, self._tile_px, self._slots = folder, codec, tile_px, shard_tiles
+        self._pending: list[bytes] = []
+        self._written = 0
+        self._xy: list[tuple[int, int]] = []
+        self._quality: list[Sequence[float]] = []
+        self._names: list[str] = []
+
+    def append(self, tile: Pixels, xy_level0: tuple[int, int], quality: Sequence[float] = (), source_name: str = "") -> None:
+        """Adds one tile [tile_px, tile_px, 3]."""
+        if tile.shape != (self._tile_px, self._tile_px, 3):
+            raise ValueError(f"tile of shape {tile.shape}, expected {self._tile_px} px squares")
+        self._pending.append(self._codec.encode(tile))
+        self._xy.append(xy_level0)
+        self._quality.append(quality)
+        self._names.append(source_name)
+        if len(self._pending) == self._slots:
+            self._flush()
+
+    def _flush(self) -> None:
+        write_shard(self._folder / "tiles" / "c" / str(self._written) / "0" / "0" / "0", self._pending, self._slots)
+        self._written += 1
+        self._pending = []
+
+    def finish(self, info: TileStoreInfo, thumbnail: Pixels) -> None:
+        """Writes what is pending, the small arrays and the metadata. An uncommitted folder is not yet a store."""
+        if self._pending:
+            self._flush()
+        group = zarr.open_group(self._folder, mode="a", attributes={"pathfm": self._attributes(info)}, zarr_format=3)
+        side, serializer, compressors = self._tile_px, BytesCodec(), (ZstdCodec(level=ZSTD_LEVEL),)
+        group.create_array(
+            "tiles",
+            shape=(len(self._xy), side, side, 3),
+            chunks=(1, side, side, 3),
+            shards=(self._slots, side, side, 3),
+            dtype="uint8",
+            serializer=zarr_jpeg.JpegCodec(self._codec.quality) if self._codec.name == "jpeg" else serializer,
+            compressors=() if self._codec.name == "jpeg" else compressors,
+            fill_value=0,
+        )
+        quality = np.asarray(self._quality, dtype=np.float32).reshape(len(self._xy), len(info.quality_names))
+        _whole(group, "xy_level0", np.asarray(self._xy, dtype=np.int64).reshape(-1, 2))
+        _whole(group, "quality", quality)
+        _whole(group, "thumbnail", thumbnail)
+        if any(self._names):
+            _whole(group, "source_names", np.frombuffer("\0".join(self._names).encode(), dtype=np.uint8))
+
+    def _attributes(self, info: TileStoreInfo) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "slide_id": info.slide_id,
+            "fingerprint": info.fingerprint,
+            "tile_px": info.tile_px,
+            "mpp": info.mpp,
+            "tile_side_level0": info.tile_side_level0,
+            "size_level0": list(info.size_level0),
+            "quality_names": list(info.quality_names),
+            "thumbnail_downsample": info.thumbnail_downsample,
+            "coords": "synthetic" if info.coords_synthetic else "level0",
+            "codec": self._codec.name,
+            "jpeg_quality": self._codec.quality if self._codec.name == "jpeg" else None,
+            "shard_tiles": self._slots,
+            "tiles": len(self._xy),
+            **dict(info.extra or {}),
+        }
+
+
+def _whole(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
+    """An array in one chunk: one file."""
+    shape = tuple(max(1, length) for length in values.shape)
+    array = group.create_array(name, shape=values.shape, chunks=shape, dtype=values.dtype, compressors=(ZstdCodec(level=ZSTD_LEVEL),))
+    if values.size:
+        array[...] = values
+
+
+class TileStore:
+    """Reads a tile store: tiles by number, coordinates, quality columns, thumbnail.
+
+    Opening reads one small JSON file; arrays are read when first asked for; tiles by positioned reads.
+    """
+
+    def __init__(self, path: Path, attrs: dict[str, Any]) -> None:
+        self.path, self.attrs = path, attrs
+        self.slide_id: str = attrs["slide_id"]
+        self.fingerprint: str = attrs["fingerprint"]
+        self.tile_px: int = attrs["tile_px"]
+        self.mpp: float | None = attrs["mpp"]
+        self.tile_side_level0: float = attrs["tile_side_level0"]
+        self.size_level0 = Size(*attrs["size_level0"])
+        self.quality_names = tuple(attrs["quality_names"])
+        self.thumbnail_downsample: float = attrs["thumbnail_downsample"]
+        self.coords_synthetic: bool = attrs["coords"] == "synthetic"
+        self._codec = TileCodec(attrs["codec"], attrs["jpeg_quality"] or 90)
+        self._shards = ShardReader(path / "tiles", attrs["shard_tiles"])
+
+    def __len__(self) -> int:
+        return int(self.attrs["tiles"])
+
+    def __getitem__(self, index: int) -> Pixels:
+        """Tile ``index`` as RGB [tile_px, tile_px, 3]."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"tile {index} of {len(self)}")
+        try:
+            return self._codec.decode(self._shards.read(index), self.tile_px)
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(f"tile {index} is damaged", where=str(self.path), fix="delete the store and tile again") from error
+
+    def read(self, indices: Sequence[int]) -> Pixels:
+        """Tiles by number as one array [n, tile_px, tile_px, 3]."""
+        tiles = np.empty((len(indices), self.tile_px, self.tile_px, 3), dtype=np.uint8)
+        for row, index in enumerate(indices):
+            tiles[row] = self[int(index)]
+        return tiles
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        return zarr.open_group(self.path, mode="r")
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        try:
+            return np.asarray(self._group[name][...])
+        except (KeyError, OSError, ValueError, RuntimeError) as error:
+            raise StoreError(f"array {name} is damaged or absent", where=str(self.path), fix="delete the store and tile again") from error
+
+    @cached_property
+    def xy_level0(self) -> npt.NDArray[np.int64]:
+        """Upper left corners [N, 2] in level-0 pixels."""
+        return self._array("xy_level0").astype(np.int64)
+
+    @cached_property
+    def quality(self) -> npt.NDArray[np.float32]:
+        """Quality columns [N, C], named by ``quality_names``."""
+        return self._array("quality").astype(np.float32)
+
+    @cached_property
+    def thumbnail(self) -> Pixels:
+        """RGB picture of the whole slide."""
+        return self._array("thumbnail").astype(np.uint8)
+
+    @cached_property
+    def source_names(self) -> tuple[str, ...] | None:
+        """File name of each tile of a folder-of-tiles slide, else None."""
+        if not (self.path / "source_names").is_dir():
+            return None
+        return tuple(self._array("source_names").tobytes().decode().split("\0"))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open_tiles, (self.path,)
+
+
+def open_tiles(path: Path | str) -> TileStore:
+    """Opens a tile store.
+
+    Raises:
+        StoreError: absent, damaged, foreign, or written by a newer pathfm.
+    """
+    path = Path(path)
+    recover(path)
+    try:
+        attrs = read_json(path / "zarr.json").get("attributes", {}).get("pathfm")
+    except StoreError as error:
+        raise StoreError("no tile store", where=str(path), fix="run `pathfm tile` first") from error
+    if not attrs or attrs.get("format") != FORMAT:
+        raise StoreError("not a pathfm tile store", where=str(path))
+    if int(attrs["version"]) > VERSION:
+        raise StoreError(f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm")
+    return TileStore(path, attrs)
+
+
+def write_tiles(
+    path: Path,
+    images: Pixels,
+    *,
+    slide_id: str,
+    mpp: float | None = 0.5,
+    xy_level0: npt.NDArray[np.int64] | None = None,
+    source_names: Sequence[str] | None = None,
+    codec: Literal["jpeg", "zstd"] = "jpeg",
+) -> None:
+    """Writes tiles [N, H, W, 3] held in memory as a store: for notebooks and tests.
+
+    Without ``xy_level0`` the tiles are laid out as a mosaic flagged ``coords: synthetic``.
+    """
+    from pathfm.store.commit import commit_dir
+    from pathfm.store.mosaic import mosaic
+
+    count, side = len(images), images.shape[1]
+    picture, corners, downsample = mosaic(images)
+    xy = corners if xy_level0 is None else xy_level0
+    size = Size(int(xy[:, 0].max()) + side, int(xy[:, 1].max()) + side) if count else Size(0, 0)
+    with commit_dir(path) as folder:
+        writer = TileStoreWriter(folder, TileCodec(codec), side)
+        for index in range(count):
+            name = source_names[index] if source_names else ""
+            writer.append(images[index], (int(xy[index, 0]), int(xy[index, 1])), (), name)
+        info = TileStoreInfo(
+            slide_id, "in memory", side, mpp, float(side), size, (), downsample, coords_synthetic=xy_level0 is None
+        )
+        writer.finish(info, picture)

@@ -1,0 +1,296 @@
+"""Every setting of every stage on one page: unit, default, and one line that says what it does.
+
+The models are frozen, unknown keys are refused (``config.py`` says "did you mean"), and each stage's whole table goes into its
+fingerprint. What cannot change a result (workers, devices, inference batch) lives in ``compute`` and is not hashed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, strict about names, documented where declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class CohortSettings(Settings):
+    """Which slides belong to the study."""
+
+    table: Path | None = None
+    """CSV with slide_id, path, patient_id, label columns and optionally mpp, site, split, lesion_mask. Paths relative to it."""
+    slides: tuple[str, ...] = ()
+    """Without a table: folders (searched), globs or files."""
+    folder_of_tiles: bool = False
+    """Treat every sub-folder of images as one slide made of pre-cut tiles (cytology, pre-tiled sets)."""
+    patient_is_slide: bool = False
+    """Accept that every slide is its own patient when no patient_id is given (else mil refuses to split)."""
+    tile_labels: Path | None = None
+    """CSV with columns tile and tile_label (1 present, 0 absent, empty unknown): truth for the attention of folder-of-tiles slides."""
+
+
+class TissueSettings(Settings):
+    """How tissue is told from glass on a low-power thumbnail."""
+
+    method: Literal["otsu", "entropy", "off"] = "otsu"
+    """otsu: optical density and saturation; entropy: local texture, for pale tissue; off: keep everything."""
+    min_fraction: Fraction = 0.5
+    """Smallest share of a tile that must be tissue for the tile to be kept."""
+    min_area_um2: NonNegative = 20_000.0
+    """Tissue pieces smaller than this are dropped [um2]."""
+    max_hole_um2: NonNegative = 40_000.0
+    """Holes in the tissue smaller than this are filled [um2]."""
+    thumbnail_px: Positive = 2048
+    """Longer side of the thumbnail the mask is made on [px]."""
+
+
+class TileSettings(Settings):
+    """Stage 1: slides -> tile stores."""
+
+    mpp: PositiveFloat | Literal["native"] = 0.5
+    """Resolution of the tiles [um per px]; native: level 0 as it is, also for images whose mpp is unknown."""
+    tile_px: Positive = 224
+    """Side of a tile [px]."""
+    assume_mpp: PositiveFloat | None = None
+    """mpp of slides that carry none in the file or in the cohort table [um per px]."""
+    mpp_tolerance: Fraction = 0.02
+    """A pyramid level this close to the wanted mpp is used unscaled; its true mpp is stored."""
+    tissue: TissueSettings = TissueSettings()
+    """Tissue detection."""
+    max_white: Fraction = 0.95
+    """Tiles with a larger share of near-white pixels are dropped."""
+    max_black: Fraction = 0.5
+    """Tiles with a larger share of near-black pixels are dropped."""
+    max_unreadable: Fraction = 0.05
+    """A slide fails when a larger share of its tiles cannot be decoded; below it they are dropped and counted."""
+    codec: Literal["jpeg", "zstd"] = "jpeg"
+    """How pixels are stored: jpeg (small) or zstd (lossless)."""
+    jpeg_quality: Annotated[int, Field(ge=50, le=100)] = 90
+    """JPEG quality of stored tiles."""
+    shard_tiles: Positive = 256
+    """Tiles per shard file."""
+    keep_thumbnail_px: Positive = 1024
+    """Longer side of the thumbnail kept in the store [px]."""
+
+
+class CropSettings(Settings):
+    """Multi-crop views of a tile."""
+
+    global_px: Positive = 224
+    """Side of the two global crops [px]."""
+    local_px: Positive = 96
+    """Side of the local crops [px]."""
+    local_count: Count = 8
+    """Local crops per tile."""
+    global_scale: tuple[PositiveFloat, PositiveFloat] = (0.32, 1.0)
+    """Area range of global crops, as a share of the tile."""
+    local_scale: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.32)
+    """Area range of local crops, as a share of the tile."""
+    aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
+    """Range of width / height of a crop before it is made square."""
+    flips: bool = True
+    """Mirror and turn crops by multiples of 90 degrees: tissue has no up."""
+    jitter_probability: Fraction = 0.8
+    """Share of crops whose brightness, contrast, saturation and hue are changed."""
+    brightness: NonNegative = 0.2
+    """Colour jitter: brightness range."""
+    contrast: NonNegative = 0.2
+    """Colour jitter: contrast range."""
+    saturation: NonNegative = 0.1
+    """Colour jitter: saturation range."""
+    hue: NonNegative = 0.05
+    """Colour jitter: hue range, as a share of the circle."""
+    hed: NonNegative = 0.05
+    """Stain jitter: standard deviation in haematoxylin-eosin-DAB space (Tellez et al. 2018) [optical density]."""
+    hed_probability: Fraction = 0.5
+    """Share of crops with stain jitter."""
+    gray_probability: Fraction = 0.2
+    """Share of crops turned to grey."""
+    blur_probability: tuple[Fraction, Fraction, Fraction] = (0.5, 0.1, 0.5)
+    """Share of blurred crops: first global, second global, local."""
+
+
+class PretrainSettings(Settings):
+    """Stage 2: tile stores -> encoder, by DINOv2 (Oquab et al. 2023)."""
+
+    backbone: str = "vit_small_patch16_224"
+    """timm name of the vision transformer."""
+    patch_px: Positive | None = None
+    """Patch side that replaces the backbone's own [px]."""
+    registers: Count = 0
+    """Register tokens (Darcet et al. 2023)."""
+    layer_scale: NonNegative = 1e-5
+    """Initial LayerScale; 0: none, which suits runs of a few hundred steps."""
+    steps: Positive = 10_000
+    """Optimiser steps."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Tiles per step, over all processes."""
+    crops: CropSettings = CropSettings()
+    """Views."""
+    prototypes: Positive = 8192
+    """Outputs of the projection heads."""
+    head_hidden: Positive = 2048
+    """Hidden width of the projection heads."""
+    head_bottleneck: Positive = 256
+    """Bottleneck width of the projection heads."""
+    separate_ibot_head: bool = False
+    """Give the patch loss its own head."""
+    centering: Literal["softmax", "sinkhorn"] = "softmax"
+    """How teacher targets are kept from collapsing."""
+    dino_weight: NonNegative = 1.0
+    """Weight of the CLS loss."""
+    ibot_weight: NonNegative = 1.0
+    """Weight of the masked-patch loss."""
+    koleo_weight: NonNegative = 0.1
+    """Weight of the KoLeo regulariser."""
+    mask_probability: Fraction = 0.5
+    """Share of global crops that are masked."""
+    mask_ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
+    """Range of the masked share of patches."""
+    lr: PositiveFloat = 4e-3
+    """Learning rate at batch 1024; scaled by sqrt(batch / 1024)."""
+    lr_min: NonNegative = 1e-6
+    """Final learning rate."""
+    warmup_steps: Count = 1000
+    """Steps of linear learning-rate warm-up."""
+    weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
+    """Weight decay at the start and at the end (cosine)."""
+    layer_decay: PositiveFloat = 0.9
+    """Learning-rate factor per layer from the top."""
+    patch_embed_lr: NonNegative = 0.2
+    """Learning-rate factor of the patch embedding."""
+    freeze_last_layer_steps: Count = 100
+    """Steps during which the prototypes stay fixed."""
+    clip_norm: PositiveFloat = 3.0
+    """Largest gradient norm per sub-module."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth of the student."""
+    ema: tuple[Fraction, Fraction] = (0.992, 1.0)
+    """Teacher momentum at the start and at the end (cosine)."""
+    student_temperature: PositiveFloat = 0.1
+    """Softmax temperature of the student."""
+    teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
+    """Softmax temperature of the teacher at the start and after its warm-up (linear)."""
+    teacher_warmup_steps: Count = 3000
+    """Steps over which the teacher temperature rises."""
+    max_tiles_per_slide: Positive | None = None
+    """At most this many tiles of a slide are used."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the networks; losses are always fp32."""
+    checkpoint_every: Positive = 100
+    """Steps between checkpoints."""
+    seed: Count = 0
+    """Seed of initial weights, sampling, crops and masks."""
+
+
+class ExtractSettings(Settings):
+    """Stage 3: tiles x encoder -> features."""
+
+    encoder: str = "pretrained"
+    """pretrained (the study's own), timm:NAME, hf-hub:ORG/NAME, or local-dir:PATH."""
+    pooling: Literal["cls", "mean", "cls+mean"] = "cls+mean"
+    """How the tokens of a tile become one vector; convolutional nets are always averaged."""
+    input_px: Positive | None = None
+    """Side the tiles are resized to [px]; default: the encoder's own."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Number type of stored features."""
+    controls: bool = True
+    """Also write the features of the controls in the same pass: the untrained encoder and the colour histogram."""
+
+
+class MilSettings(Settings):
+    """Stage 4: features x labels -> slide classifier."""
+
+    label: str = "label"
+    """Label column of the cohort table."""
+    positive: str | None = None
+    """The label that counts as positive; default: the last in sorted order."""
+    level: Literal["patient", "slide"] = "patient"
+    """What is classified: a patient's slides together, or each slide. Patients never cross folds either way."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Outer folds, stratified, grouped by patient."""
+    inner_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.2
+    """Share of the training patients kept for early stopping; the test fold is never used for it."""
+    ensemble: Positive = 3
+    """Networks (seeds) per fold; their probabilities are averaged."""
+    hidden: Positive = 128
+    """Width of the tile projection."""
+    attention: Positive = 64
+    """Width of the gated attention."""
+    dropout: Fraction = 0.25
+    """Dropout of the tile projection."""
+    lr: PositiveFloat = 5e-4
+    """Learning rate (AdamW, cosine)."""
+    weight_decay: NonNegative = 1e-3
+    """Weight decay."""
+    epochs: Positive = 60
+    """Largest number of epochs."""
+    patience: Positive = 15
+    """Epochs without a better inner-validation loss before training stops."""
+    batch_bags: Positive = 8
+    """Bags per optimiser step."""
+    max_bag_tiles: Positive | None = 4096
+    """Tiles drawn afresh from larger bags each epoch, in training only."""
+    bootstrap: Positive = 2000
+    """Resamples of patients for bootstrap intervals."""
+    controls: bool = True
+    """Run the controls on the same folds: colour histogram, tile count, untrained encoder, shuffled labels."""
+    seed: int = 0
+    """Seed of folds, initial weights and resampling."""
+
+
+class ReportSettings(Settings):
+    """What the report shows."""
+
+    heatmaps: Count = 12
+    """Slides shown with a heatmap."""
+    top_tiles: Count = 8
+    """Tiles of highest attention shown per slide."""
+
+
+class ComputeSettings(Settings):
+    """How the work is done. Nothing here may change a result, so nothing here is fingerprinted."""
+
+    workers: Count = 0
+    """Worker processes; 0: as many as there are usable cores."""
+    threads: Count = 0
+    """Threads of the numerical libraries; 0: as many as there are usable cores."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: Positive = 64
+    """Tiles per inference batch."""
+
+
+class Study(Settings):
+    """One study: a cohort, four stages and a report, kept under one output folder."""
+
+    name: str = "study"
+    """Name shown in the report."""
+    out: Path = Path("out")
+    """Output folder; relative paths start at the study file."""
+    cohort: CohortSettings = CohortSettings()
+    """Slides, patients and labels."""
+    tile: TileSettings = TileSettings()
+    """Stage 1."""
+    pretrain: PretrainSettings = PretrainSettings()
+    """Stage 2."""
+    extract: ExtractSettings = ExtractSettings()
+    """Stage 3."""
+    mil: MilSettings = MilSettings()
+    """Stage 4."""
+    report: ReportSettings = ReportSettings()
+    """The report."""
+    compute: ComputeSettings = ComputeSettings()
+    """Workers, threads, device."""

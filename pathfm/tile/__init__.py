@@ -1,0 +1,1 @@
+"""Stage 1: slides to tile stores."""

@@ -1,0 +1,103 @@
+"""Stage 1: slides -> tile stores, a worker process per slide."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathfm.config import fingerprint
+from pathfm.errors import PathfmError, SlideError, StoreError
+from pathfm.log import get_log, track
+from pathfm.slides.reader import slide_identity
+from pathfm.store.cohort import Cohort, SlideRow
+from pathfm.store.layout import Layout
+from pathfm.store.record import Outcome, StageReport, write_record
+from pathfm.store.tile_store import open_tiles
+from pathfm.study import Study, TileSettings
+from pathfm.tile.slide import tile_slide
+from pathfm.workers import map_isolated
+
+VERSION = 1
+"""Raised whenever the content of a store changes for the same settings."""
+
+log = get_log(__name__)
+
+
+@dataclass(frozen=True)
+class TileTask:
+    """What a worker needs to tile one slide.
+
+    Attributes:
+        row: the slide's row of the cohort table.
+        settings: the stage's settings.
+        store: where the store goes.
+        identity: hash of the slide file.
+        fingerprint: what the store depends on.
+    """
+
+    row: SlideRow
+    settings: TileSettings
+    store: Path
+    identity: str
+    fingerprint: str
+
+
+def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
+    """Makes the tile store of every slide whose store is absent or stale; one bad slide is a row, never an end."""
+    started = datetime.datetime.now(datetime.UTC)
+    outcomes: dict[str, Outcome] = {}
+    tasks = list(_stale(study, cohort, layout, outcomes))
+    results: Iterable[tuple[TileTask, object]] = map_isolated(_work, tasks, study.compute.workers) if tasks else ()
+    for task, result in track(results, "tile", len(tasks)):
+        outcome = result if isinstance(result, Outcome) else Outcome(task.row.slide_id, "failed", f"internal error: {result}")
+        outcomes[outcome.slide_id] = outcome
+        log.info("%s", describe(outcome))
+    report = StageReport("tile", tuple(outcomes[row.slide_id] for row in cohort.rows))
+    if not report.did_nothing:
+        write_record(layout.tiles, report, study.tile, started)
+    return report
+
+
+def describe(outcome: Outcome) -> str:
+    """One status line."""
+    counts = ", ".join(f"{name} {value}" for name, value in outcome.counts.items())
+    return f"{outcome.slide_id}: {outcome.status}" + (f" ({outcome.reason})" if outcome.reason else f" [{counts}]" if counts else "")
+
+
+def _stale(study: Study, cohort: Cohort, layout: Layout, outcomes: dict[str, Outcome]) -> Iterator[TileTask]:
+    """Tasks of slides that need work; the others get their outcome at once."""
+    for row in cohort.rows:
+        try:
+            identity = slide_identity(row.path)
+        except SlideError as error:
+            outcomes[row.slide_id] = Outcome(row.slide_id, "failed", str(error))
+            continue
+        digest = fingerprint({"version": VERSION, "identity": identity, "mpp": row.mpp}, study.tile)
+        task = TileTask(row, study.tile, layout.store(row.slide_id), identity, digest)
+        kept = _kept(task)
+        if kept:
+            outcomes[row.slide_id] = kept
+        else:
+            yield task
+
+
+def _kept(task: TileTask) -> Outcome | None:
+    """The outcome of a store that is up to date, None when it must be made."""
+    try:
+        store = open_tiles(task.store)
+    except StoreError:
+        return None
+    if store.fingerprint != task.fingerprint:
+        return None
+    reason = store.attrs.get("empty_reason", "")
+    return Outcome(task.row.slide_id, "empty" if reason else "kept", reason, store.attrs.get("counts", {}))
+
+
+def _work(task: TileTask) -> Outcome:
+    try:
+        counts, empty_reason = tile_slide(task.row, task.settings, task.store, task.identity, task.fingerprint)
+    except PathfmError as error:
+        return Outcome(task.row.slide_id, "failed", str(error))
+    return Outcome(task.row.slide_id, "empty" if empty_reason else "done", empty_reason, counts)
