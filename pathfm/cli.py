@@ -31,6 +31,14 @@ PatientOption = Annotated[bool, typer.Option("--patient-is-slide", help="Accept 
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")]
 
 
+@app.callback()
+def options(verbose: VerboseOption = False) -> None:
+    """Options of every command."""
+    from pathfm.log import show_log
+
+    show_log(verbose)
+
+
 @app.command()
 def tile(
     sources: Annotated[list[str], typer.Argument(help="Slides, folders, globs, a cohort table (CSV), or one study file (YAML).")],

@@ -21,7 +21,9 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Settings(BaseModel):
     """Base of all settings: frozen, strict about names, documented where declared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class CohortSettings(Settings):
@@ -229,8 +231,8 @@ class MilSettings(Settings):
     """Width of the tile projection."""
     attention: Positive = 64
     """Width of the gated attention."""
-    dropout: Fraction = 0.25
-    """Dropout of the tile projection."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    """Share of the tile projection's outputs that is dropped in training."""
     lr: PositiveFloat = 5e-4
     """Learning rate (AdamW, cosine)."""
     weight_decay: NonNegative = 1e-3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from pathfm.config import dump_study, fingerprint, load_study
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, status
 from pathfm.store.cohort import Cohort, check_labels, load_cohort
-from pathfm.store.commit import commit_file, read_json
+from pathfm.store.commit import commit_file, read_json, write_json
 from pathfm.store.feature_file import read_feature_attrs
 from pathfm.store.layout import Layout, tile_spec
 from pathfm.store.record import Outcome, StageReport, read_record
@@ -22,10 +24,13 @@ from pathfm.study import Study
 
 if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
+    from pathfm.mil.predict import Prediction
 
 STUDY_SUFFIXES = {".yaml", ".yml"}
 TABLE_SUFFIXES = {".csv", ".tsv"}
 PRETRAINED = "pretrained encoder"
+ENCODER_FILE = "encoder.json"
+"""Beside the trained classifier: the encoder its features came from."""
 
 
 @dataclass
@@ -87,17 +92,19 @@ def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Stud
 
 
 def _cohort_of(sources: Sequence[str]) -> dict[str, object]:
+    # abspath, not resolve: a symbolic link is named as the user named it.
+    placed = [os.path.abspath(source) for source in sources]  # noqa: PTH100
     if len(sources) == 1 and Path(sources[0]).suffix.lower() in TABLE_SUFFIXES:
-        return {"table": Path(sources[0]).absolute(), "slides": ()}
-    return {"table": None, "slides": tuple(str(Path(source).absolute()) for source in sources)}
+        return {"table": Path(placed[0]), "slides": ()}
+    return {"table": None, "slides": tuple(placed)}
 
 
 def begin(study: Study) -> Run:
     """Checks the cohort, whole, before any work, and keeps the resolved settings in the output folder."""
-    from pathfm.tile.stage import VERSION
+    from pathfm.tile.stage import tile_settings_digest
 
     cohort = load_cohort(study.cohort, Path.cwd(), _find_slides)
-    layout = Layout(study.out, tile_spec(study.tile, fingerprint({"version": VERSION}, study.tile)))
+    layout = Layout(study.out, tile_spec(study.tile, tile_settings_digest(study.tile)))
     text = dump_study(study)
     if not layout.study_file.is_file() or layout.study_file.read_text(encoding="utf-8") != text:
         with commit_file(layout.study_file) as temporary:
@@ -207,21 +214,37 @@ def _pretrain(run: Run) -> None:
     from pathfm.pretrain.stage import VERSION, run_pretrain
 
     stores = _stores(run)
+    digest = _pretrain_fingerprint(run, VERSION, stores)
+    folder = run.layout.encoder(run.study.pretrain.backbone, digest)
+    run.note(run_pretrain(run.study, [stores[slide_id] for slide_id in sorted(stores)], folder, digest))
+
+
+def _pretrain_fingerprint(run: Run, version: int, stores: Mapping[str, Path]) -> str:
     inputs = {slide_id: open_tiles(path).fingerprint for slide_id, path in stores.items()}
-    digest = fingerprint({"version": VERSION, "stores": inputs}, run.study.pretrain)
-    run.note(run_pretrain(run.study, [stores[slide_id] for slide_id in sorted(stores)], run.layout.encoder, digest))
+    return fingerprint({"version": version, "stores": inputs}, run.study.pretrain)
+
+
+def _own_encoder(run: Run) -> Path | None:
+    """Folder of the study's own encoder, None when a public one is used."""
+    if run.study.extract.encoder != "pretrained":
+        return None
+    from pathfm.pretrain.stage import VERSION
+
+    digest = _pretrain_fingerprint(run, VERSION, _stores(run))
+    return run.layout.encoder(run.study.pretrain.backbone, digest)
 
 
 def _extract(run: Run) -> Extraction:
     from pathfm.extract.stage import run_extract
 
-    extraction = run_extract(run.study, run.cohort, run.layout)
+    extraction = run_extract(run.study, run.cohort, run.layout, _own_encoder(run))
     run.note(extraction.report)
     return extraction
 
 
 def _mil(run: Run, extraction: Extraction) -> None:
-    from pathfm.mil.stage import VERSION, MilInputs, run_mil
+    from pathfm.mil.inputs import MilInputs
+    from pathfm.mil.stage import VERSION, run_mil
 
     main = extraction.sets["main"]
     upstream = {outcome.slide_id: outcome for outcome in extraction.report.outcomes}
@@ -238,6 +261,9 @@ def _mil(run: Run, extraction: Extraction) -> None:
         fingerprint=_mil_fingerprint(run, VERSION, folders, upstream),
     )
     run.note(run_mil(run.study, run.cohort, inputs))
+    own = _own_encoder(run)
+    name = f"local-dir:{(own / 'teacher').relative_to(run.layout.out)}" if own else run.study.extract.encoder
+    write_json(run.layout.mil / ENCODER_FILE, {"encoder": name})
 
 
 def _mil_fingerprint(run: Run, version: int, folders: Mapping[str, Path], upstream: Mapping[str, Outcome]) -> str:
@@ -278,7 +304,7 @@ def _report(run: Run) -> None:
         out=run.layout.out,
         report_dir=run.layout.report,
         mil_dir=run.layout.mil,
-        encoder_dir=run.layout.encoder,
+        encoder_dir=_own_encoder(run) or run.layout.out / "encoder",
         stores_dir=run.layout.tiles,
         records=dict(run.reports),
         fingerprint=fingerprint(str(metrics["fingerprint"]), run.study.report, _outcome_rows(run)),
@@ -299,12 +325,14 @@ def _outcome_rows(run: Run) -> list[list[str]]:
 
 def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
     """``pathfm mil predict``: new slides through the tiles, encoder and networks of a trained study."""
-    from pathfm.mil.predict import write_predictions
+    from pathfm.mil.predict import predict
 
     trained = study.out
     if not (trained / "mil" / "metrics.json").is_file():
         raise UsageError("this study has no trained classifier", where=str(trained), fix="run `pathfm mil train` first")
-    encoder = f"local-dir:{trained / 'encoder' / 'teacher'}" if study.extract.encoder == "pretrained" else study.extract.encoder
+    encoder = str(read_json(trained / "mil" / ENCODER_FILE)["encoder"])
+    if study.extract.encoder == "pretrained":
+        encoder = f"local-dir:{trained / encoder.removeprefix('local-dir:')}"
     cohort = study.cohort.model_copy(update={**_cohort_of(sources), "tile_labels": None})
     extract = study.extract.model_copy(update={"encoder": encoder, "controls": False})
     run = begin(study.model_copy(update={"out": out.absolute(), "cohort": cohort, "extract": extract}))
@@ -312,6 +340,22 @@ def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
     extraction = _extract(run)
     usable = [outcome.slide_id for outcome in extraction.report.outcomes if outcome.status in {"done", "kept"}]
     folder = extraction.sets["main"].folder
-    write_predictions(trained / "mil", {slide_id: folder / f"{slide_id}.h5" for slide_id in usable}, run.layout.out / "predictions.csv")
+    predictions = predict(trained / "mil", [folder / f"{slide_id}.h5" for slide_id in usable])
+    with commit_file(run.layout.out / "predictions.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(_prediction_rows(predictions, extraction.report))
     say(f"{len(usable)} of {len(run.cohort.rows)} slides predicted: {run.layout.out / 'predictions.csv'}")
     return run.exit_code
+
+
+def _prediction_rows(predictions: Sequence[Prediction], report: StageReport) -> Iterator[list[str]]:
+    """One row per slide, the failed and empty ones with their reason."""
+    by_slide = {prediction.slide_id: prediction for prediction in predictions}
+    classes = list(predictions[0].probability) if predictions else []
+    yield ["slide_id", "outcome", "predicted", *(f"p_{name}" for name in classes), "lowest", "highest", "reason"]
+    for outcome in report.outcomes:
+        found = by_slide.get(outcome.slide_id)
+        if found is None:
+            yield [outcome.slide_id, outcome.status, *[""] * (len(classes) + 3), outcome.reason]
+            continue
+        numbers = [*found.probability.values(), found.lowest, found.highest]
+        yield [outcome.slide_id, "predicted", found.predicted, *(f"{number:.6f}" for number in numbers), ""]

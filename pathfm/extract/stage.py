@@ -25,7 +25,7 @@ from pathfm.store.feature_file import read_feature_attrs, write_features
 from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport, write_record
 from pathfm.store.tile_store import TileStore, open_tiles
-from pathfm.study import Study
+from pathfm.study import ExtractSettings, Study
 
 VERSION = 1
 """Raised whenever the features of the same tiles change."""
@@ -65,11 +65,18 @@ class Extraction:
     sets: Mapping[str, FeatureSet]
 
 
-def run_extract(study: Study, cohort: Cohort, layout: Layout) -> Extraction:
-    """Writes the feature files of every slide that has tiles and whose files are absent or stale."""
+def run_extract(study: Study, cohort: Cohort, layout: Layout, own_encoder: Path | None = None) -> Extraction:
+    """Writes the feature files of every slide that has tiles and whose files are absent or stale.
+
+    Args:
+        study: all settings.
+        cohort: the slides.
+        layout: where stores are and features go.
+        own_encoder: folder of the study's own encoder, for ``extract.encoder=pretrained``.
+    """
     started = datetime.datetime.now(datetime.UTC)
     use_threads(study.compute)
-    encoders = list(_encoders(study, layout))
+    encoders = list(_encoders(study, layout, own_encoder))
     outcomes: dict[str, Outcome] = {}
     work: list[tuple[TileStore, list[int]]] = []
     for row in cohort.rows:
@@ -91,30 +98,34 @@ def run_extract(study: Study, cohort: Cohort, layout: Layout) -> Extraction:
     return Extraction(report, sets)
 
 
-def own_encoder_name(settings_encoder: str, layout: Layout, which: str) -> str:
-    """The encoder's loadable name: the study's own folder when the setting says ``pretrained``."""
-    if settings_encoder != "pretrained":
-        return settings_encoder
-    folder = layout.encoder / which
-    if not (folder / "config.json").is_file():
-        raise StoreError("the study has no encoder yet", where=str(folder), fix="run `pathfm pretrain`, or set extract.encoder=timm:NAME")
-    return f"local-dir:{folder}"
-
-
-def _encoders(study: Study, layout: Layout) -> Iterator[tuple[FeatureSet, Encode]]:
+def _encoders(study: Study, layout: Layout, own: Path | None) -> Iterator[tuple[FeatureSet, Encode]]:
     """The main encoder and the controls, loaded."""
     device = pick_device(study.compute)
-    names = {"main": own_encoder_name(study.extract.encoder, layout, "teacher")}
-    if study.extract.controls and study.extract.encoder == "pretrained":
-        names["untrained"] = own_encoder_name("pretrained", layout, "untrained")
-    elif study.extract.controls and study.extract.encoder.startswith("timm:"):
-        names["untrained"] = study.extract.encoder.replace("timm:", "untrained:", 1)
-    for role, name in names.items():
+    for role, (label, name) in _encoder_names(study.extract, own).items():
         encoder = load_encoder(name, study.extract, device)
-        recipe = {**asdict(encoder.recipe), "dtype": study.extract.dtype}
-        yield _feature_set(role, name.rpartition("/")[2] if name.startswith("local-dir:") else name, recipe, layout), encoder
+        recipe = {**asdict(encoder.recipe), "encoder": label, "dtype": study.extract.dtype}
+        yield _feature_set(role, label, recipe, layout), encoder
     if study.extract.controls:
         yield _feature_set("colour", COLOUR, {"encoder": COLOUR, "dtype": study.extract.dtype}, layout), colour_histogram
+
+
+def _encoder_names(settings: ExtractSettings, own: Path | None) -> dict[str, tuple[str, str]]:
+    """By role: what folders and reports call the encoder, and the name it is loaded by."""
+    if settings.encoder != "pretrained":
+        # A folder is named without its path: where it lies is nobody's business, and its weights are hashed anyway.
+        scheme, _, rest = settings.encoder.partition(":")
+        label = f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else settings.encoder
+        names = {"main": (label, settings.encoder)}
+        if settings.controls and settings.encoder.startswith("timm:"):
+            untrained = settings.encoder.replace("timm:", "untrained:", 1)
+            names["untrained"] = (untrained, untrained)
+        return names
+    if own is None or not (own / "teacher" / "config.json").is_file():
+        raise StoreError("the study has no encoder yet", where=str(own or ""), fix="run `pathfm pretrain`, or set extract.encoder=timm:NAME")
+    names = {"main": ("pretrained", f"local-dir:{own / 'teacher'}")}
+    if settings.controls:
+        names["untrained"] = ("untrained", f"local-dir:{own / 'untrained'}")
+    return names
 
 
 def _feature_set(role: str, name: str, recipe: Mapping[str, Any], layout: Layout) -> FeatureSet:
@@ -169,7 +180,7 @@ def _batches(store: TileStore, size: int) -> Iterator[npt.NDArray[np.uint8]]:
 def _write(features: FeatureSet, store: TileStore, values: npt.NDArray[np.float32], study: Study) -> None:
     input_px = int(features.recipe.get("input_px", store.tile_px))
     mpp = effective_mpp(store.mpp, store.tile_px, input_px)
-    attrs = {
+    attrs: dict[str, str | int | float | bool] = {
         "slide_id": store.slide_id,
         "fingerprint": features.fingerprint(store),
         "store_fingerprint": store.fingerprint,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.nn import functional
 

@@ -214,7 +214,11 @@ def _clashes(rows: Iterable[SlideRow]) -> list[str]:
         other = first.setdefault(unicodedata.normalize("NFC", row.slide_id).casefold(), row)
         if other is row:
             continue
-        same = "is there twice" if other.slide_id == row.slide_id else f"differs from {other.slide_id!r} in case only"
+        same = (
+            "is there twice"
+            if other.slide_id == row.slide_id
+            else f"differs from {other.slide_id!r} only in case or in how accents are written"
+        )
         place = f"line {row.line}: " if row.line else ""
         origin = f" on line {other.line}" if other.line else ""
         problems.append(f"{place}slide_id {row.slide_id!r} {same}: {row.path}, and{origin} {other.path}")

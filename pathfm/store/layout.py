@@ -40,15 +40,13 @@ class Layout:
         """The tile store of a slide."""
         return self.tiles / f"{slide_id}.zarr"
 
-    @property
-    def encoder(self) -> Path:
-        """The study's own encoder: checkpoints, teacher, untrained."""
-        return self.out / "encoder"
+    def encoder(self, backbone: str, digest: str) -> Path:
+        """The study's own encoder (checkpoints, teacher, untrained) for one fingerprint: days of training are never overwritten."""
+        return self.out / "encoder" / f"{_safe(backbone)}-{digest[:8]}"
 
     def features(self, encoder_name: str, digest: str) -> Path:
         """Folder of feature files of one encoder and recipe."""
-        safe = "".join(character if character.isalnum() or character in "._-" else "-" for character in encoder_name)
-        return self.out / "features" / self.spec / f"{safe}-{digest[:8]}"
+        return self.out / "features" / self.spec / f"{_safe(encoder_name)}-{digest[:8]}"
 
     @property
     def mil(self) -> Path:
@@ -59,3 +57,7 @@ class Layout:
     def report(self) -> Path:
         """The page people look at."""
         return self.out / "report"
+
+
+def _safe(name: str) -> str:
+    return "".join(character if character.isalnum() or character in "._-" else "-" for character in name)

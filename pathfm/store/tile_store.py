@@ -213,7 +213,8 @@ class TileStore:
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         try:
-            return np.asarray(self._group[name][...])
+            array = self._group[name]
+            return np.asarray(array[...]) if isinstance(array, zarr.Array) else np.empty(0)
         except (KeyError, OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"array {name} is damaged or absent", where=str(self.path), fix="delete the store and tile again") from error
 

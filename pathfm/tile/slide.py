@@ -27,6 +27,8 @@ from pathfm.tile.tissue import mask_fractions, tissue_mask
 
 Pixels = npt.NDArray[np.uint8]
 
+ASSUMED = "assumed"
+
 
 class Made(NamedTuple):
     """What came of a slide: counts by reason, and why nothing was kept (else empty)."""
@@ -35,21 +37,39 @@ class Made(NamedTuple):
     empty_reason: str
 
 
-def tile_slide(row: SlideRow, settings: TileSettings, store: Path, identity: str, digest: str) -> Made:
+class Target(NamedTuple):
+    """Where a store goes and what it depends on."""
+
+    store: Path
+    identity: str
+    fingerprints: tuple[str, str]
+
+    def fingerprint(self, mpp_source: str) -> str:
+        """The fingerprint that holds for this source of the mpp."""
+        return self.fingerprints[mpp_source == ASSUMED]
+
+
+def tile_slide(row: SlideRow, settings: TileSettings, store: Path, identity: str, fingerprints: tuple[str, str]) -> Made:
     """Writes the tile store of one slide, whole or not at all.
+
+    Args:
+        row: the slide.
+        settings: the stage's settings.
+        store: where the store goes.
+        identity: hash of the slide file.
+        fingerprints: what the store depends on: when the slide's own mpp is used, and when the assumed one is.
 
     Raises:
         SlideError: the slide cannot be used, with the reason.
     """
-    base = {"identity": identity, "mpp_source": "unknown"}
+    target = Target(store, identity, fingerprints)
     if is_tile_folder(row.path):
-        return _tile_folder(row, settings, store, digest, base)
+        return _tile_folder(row, settings, target)
     with open_slide(row.path) as reader:
-        return _tile_glass(reader, row, settings, (store, digest, base))
+        return _tile_glass(reader, row, settings, target)
 
 
-def _tile_glass(reader: SlideReader, row: SlideRow, settings: TileSettings, target: tuple[Path, str, dict[str, Any]]) -> Made:
-    store, digest, base = target
+def _tile_glass(reader: SlideReader, row: SlideRow, settings: TileSettings, target: Target) -> Made:
     facts = reader.metadata
     mpp, source = _slide_mpp(reader, row, settings)
     grid = plan_grid(facts.size_level0, tuple(level.downsample for level in facts.levels), mpp, settings)
@@ -58,7 +78,7 @@ def _tile_glass(reader: SlideReader, row: SlideRow, settings: TileSettings, targ
     share = mask_fractions(mask, grid.boxes(downsample))
     chosen = np.flatnonzero(share >= settings.tissue.min_fraction)
     counts: Counter[str] = Counter({"grid": len(share), "no tissue": len(share) - len(chosen), "kept": 0})
-    with commit_dir(store) as folder:
+    with commit_dir(target.store) as folder:
         writer = _writer(folder, settings)
         for index in chosen:
             tile = _read(reader, grid, int(index), settings.tile_px, counts)
@@ -80,10 +100,10 @@ def _tile_glass(reader: SlideReader, row: SlideRow, settings: TileSettings, targ
             "reader": reader.name,
             "slide_mpp": list(mpp) if mpp else None,
         }
-        extra = {**base, **allowed, "mpp_source": source, "read_level": grid.level}
+        extra = {"identity": target.identity, **allowed, "mpp_source": source, "read_level": grid.level}
         info = TileStoreInfo(
             slide_id=row.slide_id,
-            fingerprint=digest,
+            fingerprint=target.fingerprint(source),
             tile_px=settings.tile_px,
             mpp=grid.mpp,
             tile_side_level0=grid.side_level0[0],
@@ -112,7 +132,7 @@ def _slide_mpp(reader: SlideReader, row: SlideRow, settings: TileSettings) -> tu
     if facts.mpp:
         return facts.mpp, facts.mpp_source
     if settings.assume_mpp:
-        return Mpp(settings.assume_mpp, settings.assume_mpp), "assumed"
+        return Mpp(settings.assume_mpp, settings.assume_mpp), ASSUMED
     if settings.mpp == "native":
         return None, "unknown"
     found = f" ({facts.mpp_source})" if facts.mpp_source else ""
@@ -162,13 +182,13 @@ def _empty_reason(counts: Counter[str], size: Size, grid: Grid, settings: TileSe
     return f"no tile of {counts['grid']} was kept: {dropped}"
 
 
-def _tile_folder(row: SlideRow, settings: TileSettings, store: Path, digest: str, base: dict[str, Any]) -> Made:
+def _tile_folder(row: SlideRow, settings: TileSettings, target: Target) -> Made:
     """A folder of pre-cut tiles: pixels as they are, a mosaic for coordinates, file names for truth tables."""
     folder = TileFolder(row.path)
     corners = mosaic_corners(len(folder), settings.tile_px)
     canvas = MosaicCanvas(len(folder), settings.tile_px)
     counts: Counter[str] = Counter({"files": len(folder), "kept": 0})
-    with commit_dir(store) as temporary:
+    with commit_dir(target.store) as temporary:
         writer = _writer(temporary, settings)
         for name, tile in _folder_tiles(folder, settings, counts):
             quality = measure(tile, 1.0)
@@ -182,10 +202,11 @@ def _tile_folder(row: SlideRow, settings: TileSettings, store: Path, digest: str
         reason = "" if counts["kept"] else f"no tile of {len(folder)} was kept"
         mpp = row.mpp or settings.assume_mpp
         size = Size(*(int(value) + settings.tile_px for value in corners.max(axis=0))) if len(folder) else Size(0, 0)
-        extra = {**base, "reader": "tile folder", "mpp_source": "cohort table" if row.mpp else "assumed" if mpp else "unknown"}
+        source = "cohort table" if row.mpp else ASSUMED if mpp else "unknown"
+        extra = {"identity": target.identity, "reader": "tile folder", "mpp_source": source}
         info = TileStoreInfo(
             slide_id=row.slide_id,
-            fingerprint=digest,
+            fingerprint=target.fingerprint(source),
             tile_px=settings.tile_px,
             mpp=mpp,
             tile_side_level0=float(settings.tile_px),

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+
 from pathfm.config import fingerprint
 from pathfm.errors import PathfmError, SlideError, StoreError
 from pathfm.log import get_log, track
@@ -17,7 +19,7 @@ from pathfm.store.record import Outcome, StageReport, write_record
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study, TileSettings
 from pathfm.tile.slide import tile_slide
-from pathfm.workers import map_isolated
+from pathfm.workers import InternalError, map_isolated
 
 VERSION = 1
 """Raised whenever the content of a store changes for the same settings."""
@@ -34,14 +36,14 @@ class TileTask:
         settings: the stage's settings.
         store: where the store goes.
         identity: hash of the slide file.
-        fingerprint: what the store depends on.
+        fingerprints: what the store depends on: when the slide's own mpp is used, and when the assumed one is.
     """
 
     row: SlideRow
     settings: TileSettings
     store: Path
     identity: str
-    fingerprint: str
+    fingerprints: tuple[str, str]
 
 
 def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
@@ -51,7 +53,9 @@ def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
     tasks = list(_stale(study, cohort, layout, outcomes))
     results: Iterable[tuple[TileTask, object]] = map_isolated(_work, tasks, study.compute.workers) if tasks else ()
     for task, result in track(results, "tile", len(tasks)):
-        outcome = result if isinstance(result, Outcome) else Outcome(task.row.slide_id, "failed", f"internal error: {result}")
+        if isinstance(result, InternalError):
+            log.error("%s: %s", task.row.slide_id, result.traceback)
+        outcome = result if isinstance(result, Outcome) else Outcome(task.row.slide_id, "failed", str(result))
         outcomes[outcome.slide_id] = outcome
         log.info("%s", describe(outcome))
     report = StageReport("tile", tuple(outcomes[row.slide_id] for row in cohort.rows))
@@ -74,13 +78,22 @@ def _stale(study: Study, cohort: Cohort, layout: Layout, outcomes: dict[str, Out
         except SlideError as error:
             outcomes[row.slide_id] = Outcome(row.slide_id, "failed", str(error))
             continue
-        digest = fingerprint({"version": VERSION, "identity": identity, "mpp": row.mpp}, study.tile)
-        task = TileTask(row, study.tile, layout.store(row.slide_id), identity, digest)
+        task = TileTask(row, study.tile, layout.store(row.slide_id), identity, _fingerprints(row, study.tile, identity))
         kept = _kept(task)
         if kept:
             outcomes[row.slide_id] = kept
         else:
             yield task
+
+
+def tile_settings_digest(settings: TileSettings) -> str:
+    """Fingerprint of the settings that concern every slide: an assumed mpp only concerns slides that have none."""
+    return fingerprint({"version": VERSION}, settings.model_copy(update={"assume_mpp": None}))
+
+
+def _fingerprints(row: SlideRow, settings: TileSettings, identity: str) -> tuple[str, str]:
+    own = {"settings": tile_settings_digest(settings), "identity": identity, "mpp": row.mpp}
+    return fingerprint(own), fingerprint({**own, "assumed_mpp": settings.assume_mpp})
 
 
 def _kept(task: TileTask) -> Outcome | None:
@@ -89,15 +102,16 @@ def _kept(task: TileTask) -> Outcome | None:
         store = open_tiles(task.store)
     except StoreError:
         return None
-    if store.fingerprint != task.fingerprint:
+    if store.fingerprint not in task.fingerprints:
         return None
     reason = store.attrs.get("empty_reason", "")
     return Outcome(task.row.slide_id, "empty" if reason else "kept", reason, store.attrs.get("counts", {}))
 
 
 def _work(task: TileTask) -> Outcome:
+    cv2.setNumThreads(1)  # the slides are the parallelism
     try:
-        counts, empty_reason = tile_slide(task.row, task.settings, task.store, task.identity, task.fingerprint)
+        counts, empty_reason = tile_slide(task.row, task.settings, task.store, task.identity, task.fingerprints)
     except PathfmError as error:
         return Outcome(task.row.slide_id, "failed", str(error))
     return Outcome(task.row.slide_id, "empty" if empty_reason else "done", empty_reason, counts)

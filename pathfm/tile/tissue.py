@@ -11,8 +11,10 @@ from pathfm.study import TissueSettings
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-DENSITY_RANGE = (0.06, 0.35)
-"""The threshold on optical density is kept in this range: below lies sensor noise on glass, above it pale tissue would be lost."""
+DENSITY_RANGE = (0.08, 0.12)
+"""The threshold on optical density is kept in this range: below lies noise and stain smear, above it pale tissue would be lost."""
+FLOOR = 0.01
+"""Added to densities before Otsu takes their logarithm, so that dark tissue does not hide pale tissue from it."""
 ENTROPY_RANGE = (1.5, 4.5)
 """The threshold on local grey-level entropy is kept in this range [bit]."""
 BACKGROUND_PERCENTILE = 95
@@ -34,15 +36,21 @@ def tissue_mask(thumbnail: Pixels, mpp: float | None, settings: TissueSettings) 
         return np.ones(thumbnail.shape[:2], dtype=bool)
     scale = mpp or NOMINAL_MPP
     if settings.method == "otsu":
-        measure, bounds = stain_density(thumbnail), DENSITY_RANGE
+        measure = _smooth(stain_density(thumbnail), scale)
+        threshold = np.clip(np.exp(otsu_threshold(np.log(measure + FLOOR))) - FLOOR, *DENSITY_RANGE)
     else:
-        measure, bounds = local_entropy(thumbnail), ENTROPY_RANGE
-    measure = cv2.GaussianBlur(measure, (0, 0), max(0.8, SMOOTH_UM / scale / 2))
-    mask = measure > np.clip(otsu_threshold(measure), *bounds)
+        measure = _smooth(local_entropy(thumbnail), scale)
+        threshold = np.clip(otsu_threshold(measure), *ENTROPY_RANGE)
+    mask = measure > threshold
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
     mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, kernel, iterations=2).astype(bool)
     mask = _drop_small(mask, settings.min_area_um2 / scale**2)
     return ~_drop_small(~mask, settings.max_hole_um2 / scale**2)
+
+
+def _smooth(measure: npt.NDArray[np.float32], mpp: float) -> npt.NDArray[np.float32]:
+    smoothed: npt.NDArray[np.float32] = cv2.GaussianBlur(measure, (0, 0), max(0.8, SMOOTH_UM / mpp / 2))
+    return smoothed
 
 
 def stain_density(rgb: Pixels) -> npt.NDArray[np.float32]:

@@ -1,0 +1,56 @@
+"""How often the decisions were right, class by class, counted from the pooled predictions of the test folds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pathfm.report.results import MilResult, Row, to_number
+
+
+@dataclass(frozen=True)
+class Operating:
+    """A confusion table.
+
+    Attributes:
+        classes: the labels.
+        counts: (true label, predicted label) -> how many patients or slides.
+    """
+
+    classes: tuple[str, ...]
+    counts: Mapping[tuple[str, str], int]
+
+    def row(self, truth: str) -> tuple[int, ...]:
+        """Counts of one true label, by predicted label."""
+        return tuple(self.counts.get((truth, predicted), 0) for predicted in self.classes)
+
+    def recall(self, truth: str) -> str:
+        """Share of a true label that was recognised (sensitivity of that label), as text."""
+        total = sum(self.row(truth))
+        return f"{100 * self.counts.get((truth, truth), 0) / total:.0f} %" if total else "–"
+
+
+def operating(result: MilResult) -> Operating | None:
+    """Counts the primary model's decisions; None when ``predictions.csv`` has no columns ``label`` and ``predicted``."""
+    pairs = Counter(
+        (row["label"], row["predicted"])
+        for row in result.predictions
+        if row.get("label") in result.classes and row.get("predicted") in result.classes
+    )
+    return Operating(result.classes, pairs) if pairs else None
+
+
+def probability(row: Row, positive: str) -> float | None:
+    """The predicted probability of the positive label in a row of ``predictions.csv``."""
+    for name in (f"probability_{positive}", "probability"):
+        if (value := to_number(row.get(name))) is not None:
+            return value
+    return None
+
+
+def probabilities(result: MilResult) -> Mapping[str, float]:
+    """Predicted probability of the positive label by patient id (or slide id, whichever was classified)."""
+    column = "patient_id" if result.level == "patient" else "slide_id"
+    found = {row.get(column, ""): probability(row, result.positive) for row in result.predictions}
+    return {name: value for name, value in found.items() if name and value is not None}

@@ -1,0 +1,239 @@
+"""Work on many items in worker processes, so that what one item breaks is that item only.
+
+Each slot keeps one worker process for all the items it is given; only a crash or a time limit costs a new process. Workers are
+started by ``spawn``: nothing of the parent's threads, locks or open files leaks into them. A worker ends with its parent,
+however that ends. Only functions of the main script itself need its usual ``if __name__ == "__main__":``.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, TypeVar
+
+from pathfm.errors import PathfmError, SlideError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_EXIT_PATIENCE_S = 5.0
+
+
+class InternalError(SlideError):
+    """Something nobody foresaw went wrong with one item; ``traceback`` is the worker's, as text."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", traceback: str = "") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.traceback = traceback
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_internal, (self.what, self.where, self.fix, self.traceback)
+
+
+class WorkerCrash(SlideError):
+    """The worker process ended before it had a result: a native crash, a kill, or the time limit."""
+
+
+def usable_cores() -> int:
+    """Cores this process may really use: its affinity, and the CPU quota of its control groups (at least 1)."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([affinity, *_cpu_quotas(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])))
+
+
+def map_isolated(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, timeout_s: float | None = None
+) -> Iterator[tuple[Item, Result | PathfmError]]:
+    """Yield ``(item, result)`` in the order of completion, each item worked on in a worker process.
+
+    A ``PathfmError`` comes back as it was raised; any other exception as ``InternalError``; the end of the worker process
+    (native crash, kill, ``timeout_s``) as ``WorkerCrash``. The other items go on. Function, items and results must be
+    picklable; workers cannot start processes of the same kind. Closing the iterator ends the workers.
+
+    Args:
+        function: called with one item, in a worker process also when there is only one.
+        items: what to work on.
+        workers: worker processes; 0 means as many as there are usable cores.
+        timeout_s: longest time for one item [s], counted from its start.
+    """
+    queue = list(reversed(items))
+    slots: list[_Slot[Item, Result]] = [_Slot(function, timeout_s) for _ in range(min(workers or usable_cores(), len(queue)))]
+    try:
+        yield from _work_off(queue, slots)
+    finally:
+        for slot in slots:
+            slot.close()
+
+
+def _work_off(queue: list[Item], slots: Sequence[_Slot[Item, Result]]) -> Iterator[tuple[Item, Result | PathfmError]]:
+    for slot in slots:
+        slot.give(queue.pop())
+    while busy := [slot for slot in slots if slot.holding]:
+        for slot in _that_speak(busy):
+            finished = slot.take()
+            if finished and queue:
+                slot.give(queue.pop())
+            yield from finished
+
+
+class _Slot(Generic[Item, Result]):
+    """One worker process and the item it works on (``holding``: that item, or nothing)."""
+
+    def __init__(self, function: Callable[[Item], Result], timeout_s: float | None) -> None:
+        self.function, self.timeout_s = function, timeout_s
+        self.holding: list[Item] = []
+        self.deadline = float("inf")
+        self.process: SpawnProcess | None = None
+        self.connection: Connection
+
+    def give(self, item: Item) -> None:
+        """Hand an item to the worker, which is started first if there is none or if it died while idle."""
+        self.holding = [item]
+        if self.process is not None:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                return self.connection.send(item)
+            self._end()
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(self.function, theirs), daemon=True)
+        with _main_script_left_out(self.function):
+            self.process.start()
+        theirs.close()
+        with suppress(BrokenPipeError, ConnectionResetError):  # a worker that dies at once is found by take()
+            self.connection.send(item)
+        return None
+
+    def take(self) -> list[tuple[Item, Result | PathfmError]]:
+        """The item and its outcome, or nothing if the worker only said that it has started."""
+        if not self.connection.poll() and time.monotonic() >= self.deadline:
+            self._end()
+            return self._finish(WorkerCrash(f"no result after {self.timeout_s:g} s; its worker process was ended"))
+        try:
+            message: list[Result | PathfmError] = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            return self._finish(_crash(self._end(_EXIT_PATIENCE_S)))
+        if message:
+            return self._finish(message[0])
+        self.deadline = time.monotonic() + self.timeout_s if self.timeout_s else self.deadline
+        return []
+
+    def close(self) -> None:
+        """End the worker: at once if it is busy, else by telling it that there is no more work."""
+        if self.process is not None:
+            self._end(0.0 if self.holding else _EXIT_PATIENCE_S)
+
+    def _finish(self, outcome: Result | PathfmError) -> list[tuple[Item, Result | PathfmError]]:
+        item, self.holding, self.deadline = self.holding[0], [], float("inf")
+        return [(item, outcome)]
+
+    def _end(self, patience_s: float = 0.0) -> int:
+        """Wait for the process, kill it if that takes too long, and return its exit code."""
+        assert self.process is not None
+        if not patience_s:
+            self.process.kill()  # before its pipe is closed, or it might complain about that on standard error
+        self.connection.close()
+        self.process.join(patience_s or None)
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode or 0
+        self.process.close()
+        self.process = None
+        return code
+
+
+@contextmanager
+def _main_script_left_out(function: Callable[..., object]) -> Iterator[None]:
+    """Keep a new process from running the main script again, which only a function defined there needs.
+
+    Spawned processes import ``__main__`` by default: slow for the command line, endless for a script without the guard,
+    impossible for one read from standard input.
+    """
+    main = sys.modules["__main__"]
+    plain = function.func if isinstance(function, functools.partial) else function
+    if plain.__module__ == "__main__":
+        yield
+        return
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _that_speak(busy: Sequence[_Slot[Item, Result]]) -> list[_Slot[Item, Result]]:
+    """Wait until a worker has sent something, has died, or has used up its time; those slots."""
+    soonest = min(slot.deadline for slot in busy) - time.monotonic()
+    ready = wait([slot.connection for slot in busy], None if soonest == float("inf") else max(0.0, soonest))
+    now = time.monotonic()
+    return [slot for slot in busy if slot.connection in ready or now >= slot.deadline]
+
+
+def _serve(function: Callable[[Item], Result], connection: Connection) -> None:
+    """The worker: for each item, an empty list when it starts and a list with the outcome when it is done."""
+    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            item: Item = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        connection.send([])
+        try:
+            connection.send([function(item)])
+        except PathfmError as error:
+            connection.send([error])
+        except Exception as error:  # noqa: BLE001 - what nobody foresaw must end this item only, as a row of the record
+            connection.send([_internal(error)])
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _internal(error: Exception) -> InternalError:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join("".join(traceback.format_exception_only(error)).split())
+    where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+    return InternalError(f"internal error: {what}", where=where, traceback="".join(traceback.format_exception(error)))
+
+
+def _rebuild_internal(what: str, where: str, fix: str, text: str) -> InternalError:
+    return InternalError(what, where=where, fix=fix, traceback=text)
+
+
+def _crash(code: int) -> WorkerCrash:
+    if code >= 0:
+        return WorkerCrash(f"its worker process ended with exit code {code} before it had a result")
+    known = {item.value: item.name for item in signal.Signals}
+    advice = "often too little memory: fewer workers need less" if -code == signal.SIGKILL else ""
+    return WorkerCrash(f"its worker process was ended by {known.get(-code, f'signal {-code}')}", fix=advice)
+
+
+def _cpu_quotas(root: Path, membership: Path) -> Iterator[float]:
+    """CPU limits, in cores, of this process's control group and of all above it (version 2), or of version 1's root."""
+    with suppress(OSError):
+        lines = membership.read_text().splitlines()
+        own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+        for folder in [root / own, *(root / own).parents]:
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text().split()
+                yield float("inf") if quota == "max" else float(quota) / float(period)
+    with suppress(OSError):
+        quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if float(quota) > 0:
+            yield float(quota) / float(period)

@@ -1,0 +1,240 @@
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pathfm.errors import UsageError
+from pathfm.store.cohort import Cohort, SlideRow, check_labels, id_problem, load_cohort
+from pathfm.study import CohortSettings
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.svs", "b.svs", "c.svs", "mask.png"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def write(folder, text, encoding="utf-8"):
+    (folder / "cohort.csv").write_bytes(text.encode(encoding))
+    return CohortSettings(table=Path("cohort.csv"))
+
+
+def refusal(settings, folder, find=None):
+    with pytest.raises(UsageError) as caught:
+        load_cohort(settings, folder, find)
+    return str(caught.value)
+
+
+def test_a_full_table(folder):
+    settings = write(
+        folder,
+        "slide_id,path,patient_id,mpp,site,split,lesion_mask,label,grade\n"
+        f"s1,a.svs,007, 0.25 ,Bern,train,mask.png,MSI,2\n"
+        f'"s 2",{folder / "b.svs"},7,,,,,"MSS, low",\n',
+    )
+    cohort = load_cohort(settings, folder)
+    assert cohort.label_names == ("label", "grade")
+    assert cohort.rows[0] == SlideRow(
+        slide_id="s1",
+        path=folder / "a.svs",
+        line=2,
+        patient_id="007",
+        mpp=0.25,
+        site="Bern",
+        split="train",
+        lesion_mask=folder / "mask.png",
+        labels={"label": "MSI", "grade": "2"},
+    )
+    second = SlideRow("s 2", folder / "b.svs", 3, "7", labels={"label": "MSS, low", "grade": ""})
+    assert cohort.rows[1] == second
+    assert pickle.loads(pickle.dumps(cohort)) == cohort
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_tables_as_spreadsheets_write_them(folder, delimiter, newline, encoding):
+    lines = [["slide_id", "path", "label"], ["é1", "a.svs", "x"], ["", "", ""], [], ["s2", "b.svs", "y"]]
+    settings = write(folder, newline.join(delimiter.join(line) for line in lines) + newline, encoding)
+    assert [(row.slide_id, row.line, row.labels["label"]) for row in load_cohort(settings, folder).rows] == [
+        ("é1", 2, "x"),
+        ("s2", 5, "y"),
+    ]
+
+
+def test_without_a_patient_column_patients_are_unknown(folder):
+    assert load_cohort(write(folder, "slide_id,path\ns1,a.svs\n"), folder).rows[0].patient_id is None
+
+
+def test_paths_start_at_the_folder_of_the_table_wherever_the_study_is(folder, tmp_path_factory):
+    write(folder, "slide_id,path\ns1,a.svs\n")
+    elsewhere = tmp_path_factory.mktemp("study")
+    assert load_cohort(CohortSettings(table=folder / "cohort.csv"), elsewhere).rows[0].path == folder / "a.svs"
+
+
+def test_every_problem_is_told_at_once_with_its_line(folder):
+    settings = write(
+        folder,
+        "slide_id,path,patient_id,mpp,lesion_mask\n"
+        "s1,a.svs,p1,0.5,\n"
+        "s1,b.svs,p1,0.5,\n"
+        ",a.svs,p1,0.5,\n"
+        "s4,absent.svs,p1,0.5,\n"
+        's5,a.svs,p1,"0,5",\n'
+        "s6,a.svs,p1,352.8,\n"
+        "s7,a.svs,,0.5,\n"
+        "../s8,a.svs,p1,0.5,\n"
+        "S4,a.svs,p1,nan,absent.png\n"
+        "s10,a.svs,p1\n"
+        "s11,,p1,0.5,,extra\n"
+        "s12,,p1,0.5,\n",
+    )
+    message = refusal(settings, folder)
+    assert message.startswith(f"{folder / 'cohort.csv'}: 13 problems\n")
+    for words in [
+        "line 3: slide_id 's1' is there twice",
+        "and on line 2",
+        "line 4: the slide_id is empty",
+        f"line 5: there is no file {folder / 'absent.svs'}",
+        "line 6: mpp '0,5' must be a number from 0.05 to 20.0",
+        "line 7: mpp '352.8' must be",
+        "line 8: the patient_id is empty",
+        "line 9: slide_id '../s8' holds a slash",
+        "line 10: mpp 'nan' must be",
+        f"line 10: there is no lesion mask {folder / 'absent.png'}",
+        "line 10: slide_id 'S4' differs from 's4' only in case",
+        "line 11: 3 fields, but the header has 5 columns",
+        "line 12: 6 fields, but the header has 5 columns",
+        "line 13: the path is empty",
+    ]:
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("slide_id,label\ns1,x\n", "there is no column 'path' (columns: slide_id, label)"),
+        ("Slide_ID,path\ns1,a.svs\n", "there is no column 'slide_id', did you mean 'Slide_ID'?"),
+        ("slide_id,path,label,label\ns1,a.svs,x,y\n", "column 'label' is there twice"),
+        (",slide_id,path\n0,s1,a.svs\n", "column 1 has no name"),
+        ("", "the table is empty"),
+        ("\n\n", "the table is empty"),
+        ("slide_id,path\n", "the table has no rows"),
+        ('slide_id,path\ns1,"a.svs\ns2,b.svs\n', "not a valid CSV table"),
+    ],
+)
+def test_tables_that_cannot_be_one(folder, text, words):
+    message = refusal(write(folder, text), folder)
+    assert words in message
+    assert "\n" not in message
+
+
+def test_tables_that_cannot_be_read(folder):
+    assert "no such cohort table" in refusal(CohortSettings(table=Path("absent.csv")), folder)
+    assert "cannot be read" in refusal(CohortSettings(table=Path()), folder)
+    (folder / "cohort.csv").write_bytes(b"slide_id,path\ncaf\xe9,a.svs\n")
+    assert "UTF-8" in refusal(CohortSettings(table=Path("cohort.csv")), folder)
+
+
+def test_a_long_list_of_problems_is_cut(folder):
+    message = refusal(write(folder, "slide_id,path\n" + "".join(f"s{i},absent.svs\n" for i in range(150))), folder)
+    assert "150 problems" in message
+    assert message.endswith("... and 50 more")
+
+
+@pytest.mark.parametrize(
+    "slide_id",
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "C:\\a",
+        ".hidden",
+        "a\0b",
+        "a\nb",
+        "a\x7f",
+        "\udc80",
+        " a",
+        "é" * 101,
+    ],
+)
+def test_ids_that_could_not_name_a_file_in_the_output_folder(slide_id):
+    assert id_problem(slide_id)
+    assert "\n" not in id_problem(slide_id)
+
+
+@pytest.mark.parametrize("slide_id", ["a", "TCGA-A6-2671-01Z-00-DX1.13eff5a8", "Fall 12", "切片", "a..b", "x" * 200])
+def test_ids_that_can(slide_id):
+    assert id_problem(slide_id) == ""
+
+
+@given(st.text())
+def test_an_accepted_id_always_stays_one_file_inside_its_folder(slide_id):
+    if not id_problem(slide_id):
+        path = Path("out") / f"{slide_id}.zarr"
+        assert path.parent == Path("out")
+        assert path.stem == slide_id
+        assert len(path.name.encode()) <= 255
+
+
+@pytest.mark.parametrize(("first", "second"), [("Slide", "sLIDE"), ("caf\u00e9", "cafe\u0301"), ("straße", "STRASSE")])
+def test_ids_that_some_file_systems_take_for_the_same(folder, first, second):
+    message = refusal(write(folder, f"slide_id,path\n{first},a.svs\n{second},b.svs\n"), folder)
+    assert "only in case" in message
+    assert "a.svs" in message
+    assert "b.svs" in message
+
+
+def test_without_a_table_slides_are_found_and_sorted(folder):
+    asked = []
+
+    def find(sources, folder_of_tiles):
+        asked.append((tuple(sources), folder_of_tiles))
+        return [("b", folder / "b.svs"), ("a", folder / "a.svs")]
+
+    cohort = load_cohort(CohortSettings(slides=("slides", "/data/*.svs"), folder_of_tiles=True), folder, find)
+    assert asked == [((str(folder / "slides"), "/data/*.svs"), True)]
+    assert cohort == Cohort((SlideRow("a", folder / "a.svs"), SlideRow("b", folder / "b.svs")))
+
+
+def test_found_slides_must_have_usable_and_different_ids(folder):
+    settings = CohortSettings(slides=("slides",))
+    message = refusal(settings, folder, lambda *_: [("a", folder / "a.svs"), ("A", folder / "b.svs")])
+    assert f"{folder / 'a.svs'}, and {folder / 'b.svs'}" in message
+    assert "only in case" in message
+    assert "holds a slash" in refusal(settings, folder, lambda *_: [("x/a", folder / "a.svs")])
+    assert "no slides were found" in refusal(settings, folder, lambda *_: [])
+
+
+def test_a_cohort_is_a_table_or_slides(folder):
+    assert "no slides are given" in refusal(CohortSettings(), folder)
+    assert "both a table and slides" in refusal(CohortSettings(table=Path("t.csv"), slides=("a",)), folder)
+
+
+def labelled(*rows):
+    return Cohort(
+        tuple(SlideRow(f"s{n}", Path("a"), n, patient, labels={"label": label}) for n, (patient, label) in enumerate(rows, 2)),
+        ("label",),
+    )
+
+
+def test_labels_of_a_patient_may_not_contradict_each_other():
+    cohort = labelled(("p1", "MSI"), ("p1", "MSS"), ("p1", "MSI"), ("p2", "MSI"), ("p2", ""), (None, "MSS"), (None, "MSI"))
+    check_labels(cohort, "label", "slide")
+    with pytest.raises(UsageError, match="patient 'p1' is 'MSI' on line 2, 4 and 'MSS' on line 3"):
+        check_labels(cohort, "label", "patient")
+    check_labels(labelled(("p1", "MSI"), ("p1", ""), ("p2", "MSS")), "label", "patient")
+
+
+def test_a_label_column_must_exist_and_hold_something():
+    with pytest.raises(UsageError, match=r"no such label column, did you mean 'label'\?.*label columns: label"):
+        check_labels(labelled(("p1", "MSI")), "labl", "slide")
+    with pytest.raises(UsageError, match="no slide has this label"):
+        check_labels(labelled(("p1", "")), "label", "slide")
