@@ -15,7 +15,7 @@ from pathfm.config import dump_study, fingerprint, load_study
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, status
 from pathfm.store.cohort import Cohort, check_labels, load_cohort
-from pathfm.store.commit import commit_file, read_json, write_json
+from pathfm.store.commit import commit_file, read_json, sweep, write_json
 from pathfm.store.feature_file import read_feature_attrs
 from pathfm.store.layout import Layout, tile_spec
 from pathfm.store.record import Outcome, StageReport, read_record
@@ -105,6 +105,7 @@ def begin(study: Study) -> Run:
 
     cohort = load_cohort(study.cohort, Path.cwd(), _find_slides)
     layout = Layout(study.out, tile_spec(study.tile, tile_settings_digest(study.tile)))
+    sweep(study.out)
     text = dump_study(study)
     if not layout.study_file.is_file() or layout.study_file.read_text(encoding="utf-8") != text:
         with commit_file(layout.study_file) as temporary:

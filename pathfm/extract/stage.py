@@ -21,6 +21,7 @@ from pathfm.faults import crash_point
 from pathfm.log import get_log, track
 from pathfm.models.encoders import Encode, effective_mpp, load_encoder
 from pathfm.store.cohort import Cohort
+from pathfm.store.commit import sweep
 from pathfm.store.feature_file import read_feature_attrs, write_features
 from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport, write_record
@@ -77,6 +78,8 @@ def run_extract(study: Study, cohort: Cohort, layout: Layout, own_encoder: Path 
     started = datetime.datetime.now(datetime.UTC)
     use_threads(study.compute)
     encoders = list(_encoders(study, layout, own_encoder))
+    for features, _ in encoders:
+        sweep(features.folder)
     outcomes: dict[str, Outcome] = {}
     work: list[tuple[TileStore, list[int]]] = []
     for row in cohort.rows:

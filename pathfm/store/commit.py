@@ -1,7 +1,7 @@
 """Artifacts appear whole or not at all: write beside, flush to disk, rename.
 
 A directory that exists cannot be replaced by a rename, so the old one moves aside first (``.NAME.old``), then the new one moves
-in. A kill between the two leaves the old one aside; ``recover`` puts it back, and every commit and open begins with it.
+in. A kill between the two leaves the old one aside; ``recover`` puts it back, and every commit and open of a folder begins with it.
 """
 
 from __future__ import annotations
@@ -56,21 +56,25 @@ def _delete(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Finish or undo what a killed process left half-done around ``path``; cheap when there is nothing to do."""
+    """Finish or undo a replacement of the folder ``path`` that a kill interrupted; costs one look when there is nothing to do."""
     old = _aside(path)
-    if old.exists():
-        if path.exists():
-            _delete(old)
-        else:
-            old.rename(path)
-    for partial in path.parent.glob(f".{_escape(path.name)}.*.partial"):
+    if not old.exists():
+        return
+    if path.exists():
+        _delete(old)
+    else:
+        old.rename(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in ``folder``; what a running process of this machine writes is left alone.
+
+    A stage does this once when it starts, so that a commit never has to list a folder of many thousand slides.
+    """
+    for partial in folder.glob(".*.partial"):
         pid = partial.name.removesuffix(".partial").rpartition(".")[2]
-        if not (pid.isdigit() and int(pid) != os.getpid() and _is_running(int(pid))):
+        if pid.isdigit() and not _is_running(int(pid)):
             _delete(partial)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
 
 
 @contextmanager

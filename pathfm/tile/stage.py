@@ -14,6 +14,7 @@ from pathfm.errors import PathfmError, SlideError, StoreError
 from pathfm.log import get_log, track
 from pathfm.slides.reader import slide_identity
 from pathfm.store.cohort import Cohort, SlideRow
+from pathfm.store.commit import sweep
 from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport, write_record
 from pathfm.store.tile_store import open_tiles
@@ -50,6 +51,7 @@ def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
     """Makes the tile store of every slide whose store is absent or stale; one bad slide is a row, never an end."""
     started = datetime.datetime.now(datetime.UTC)
     outcomes: dict[str, Outcome] = {}
+    sweep(layout.tiles)
     tasks = list(_stale(study, cohort, layout, outcomes))
     results: Iterable[tuple[TileTask, object]] = map_isolated(_work, tasks, study.compute.workers) if tasks else ()
     for task, result in track(results, "tile", len(tasks)):

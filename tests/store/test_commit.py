@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pathfm.errors import StoreError
-from pathfm.store.commit import commit_dir, commit_file, content_digest, read_json, recover, write_json
+from pathfm.store.commit import commit_dir, commit_file, content_digest, read_json, recover, sweep, write_json
 
 PROGRAM = """
 import sys
@@ -34,6 +34,7 @@ def test_a_kill_leaves_the_old_folder_and_the_rerun_replaces_it(tmp_path, point)
     recover(path)
     assert (path / "content").read_text() == "old"
     assert _commit_in_child(path, "new") == 0
+    sweep(tmp_path)
     assert (path / "content").read_text() == "new"
     assert [item.name for item in tmp_path.iterdir()] == ["artifact"]
 
@@ -48,14 +49,16 @@ def test_an_error_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recover_leaves_another_running_process_alone(tmp_path):
+def test_sweep_leaves_a_running_process_alone(tmp_path):
     live = tmp_path / f".artifact.{os.getppid()}.partial"
     live.mkdir()
-    dead = tmp_path / ".artifact.999999999.partial"
-    dead.mkdir()
-    recover(tmp_path / "artifact")
+    dead_folder, dead_file = tmp_path / ".artifact.999999999.partial", tmp_path / ".a.h5.999999999.partial"
+    dead_folder.mkdir()
+    dead_file.touch()
+    sweep(tmp_path)
     assert live.exists()
-    assert not dead.exists()
+    assert not dead_folder.exists()
+    assert not dead_file.exists()
 
 
 def test_names_with_glob_characters(tmp_path):

@@ -1,0 +1,1 @@
+"""Stage 4: features and labels to a slide classifier."""

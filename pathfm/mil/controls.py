@@ -1,0 +1,94 @@
+"""What a result has to beat: colour alone, the amount of tissue alone, an encoder that saw no data, labels without meaning.
+
+Legend: B bags, D feature length, C classes, N tiles of a bag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pathfm.mil.ensemble import FoldPlaces
+from pathfm.stats.seeds import derive_seed
+
+COLOUR = "colour histogram"
+COUNT = "tile count"
+UNTRAINED = "untrained encoder"
+SHUFFLED = "shuffled labels"
+
+Floats = NDArray[np.float64]
+
+
+class Baseline(NamedTuple):
+    """Out-of-fold answers of a baseline.
+
+    Attributes:
+        probability_BC: class probabilities of every bag.
+        tile_score: [N] per bag, decision of the regression on the tile.
+    """
+
+    probability_BC: Floats
+    tile_score: tuple[Floats, ...]
+
+
+def bag_baseline(bag_BD: Floats, label_B: Sequence[int], folds: Sequence[FoldPlaces]) -> Floats:
+    """Out-of-fold probabilities [B, C] of a standardised logistic regression on one vector per bag.
+
+    C = 1 and balanced class weights, chosen beforehand: there is nothing to stop early, so it learns from the inner validation
+    part as well.
+    """
+    return _cross_fit(bag_BD, label_B, folds)[0]
+
+
+def colour_baseline(bags: Sequence[Floats], label_B: Sequence[int], folds: Sequence[FoldPlaces], positive: int) -> Baseline:
+    """Mean histogram of each bag [N, D] to a class, and tiles scored by the same regression.
+
+    The regression is linear in the mean histogram, so its decision on a bag is the mean of its decisions on the tiles: those
+    (for the positive class, from the fold's own regression) are the tile scores.
+    """
+    bag_BD = np.stack([bag.mean(axis=0) for bag in bags])
+    probability_BC, models = _cross_fit(bag_BD, label_B, folds)
+    fold_of = {place: number for number, fold in enumerate(folds) for place in fold.test}
+    scores = tuple(_tile_score(models[fold_of[place]], bag, positive) for place, bag in enumerate(bags))
+    return Baseline(probability_BC, scores)
+
+
+def shuffled_labels(stratum_of: Mapping[str, str], test_parts: Sequence[Sequence[str]], seed: int) -> dict[str, str]:
+    """Labels permuted among the patients of each test part, so that the folds stay as balanced as they were.
+
+    Permuting across folds would unbalance them, and a fold with more positives to test has fewer to learn from: that alone
+    pushes the AUROC of a useless model below one half.
+    """
+    shuffled: dict[str, str] = {}
+    for number, part in enumerate(test_parts):
+        patients = sorted(part)
+        order = np.random.default_rng(derive_seed("shuffled labels", seed, number)).permutation(len(patients))
+        shuffled.update({patient: stratum_of[patients[place]] for patient, place in zip(patients, order, strict=True)})
+    return shuffled
+
+
+def _cross_fit(bag_BD: Floats, label_B: Sequence[int], folds: Sequence[FoldPlaces]) -> tuple[Floats, list[Pipeline]]:
+    label = np.asarray(label_B)
+    probability_BC = np.zeros((len(label), int(label.max()) + 1))
+    models = []
+    for fold in folds:
+        learn, test = sorted(fold.train + fold.validation), list(fold.test)
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000))
+        model.fit(bag_BD[learn], label[learn])
+        if test:
+            probability_BC[np.ix_(test, model.classes_)] = model.predict_proba(bag_BD[test])
+        models.append(model)
+    return probability_BC, models
+
+
+def _tile_score(model: Pipeline, tile_ND: Floats, positive: int) -> Floats:
+    decision: Floats = model.decision_function(tile_ND)
+    if decision.ndim == 1:
+        return decision if positive == 1 else -decision
+    return decision[:, list(model.classes_).index(positive)]

@@ -1,0 +1,1 @@
+"""Folds, metrics and intervals: pure numbers, no torch."""
