@@ -22,11 +22,18 @@ app = typer.Typer(
     help="Pathology slides to trustworthy slide classifiers: tile -> pretrain -> extract -> mil -> report.\n\n"
     "Start with `pathfm demo`, or `pathfm tile SLIDES --out DIR`, or write one study file and `pathfm run STUDY.yaml`.",
 )
-mil_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Slide classifiers: train with honest folds, or predict new slides.")
+mil_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Slide classifiers: train with honest folds, or predict new slides."
+)
 app.add_typer(mil_app, name="mil")
 
-StudyArgument = Annotated[Path, typer.Argument(help="A study file (YAML), or the output folder of an earlier `pathfm tile`.", metavar="STUDY")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override one setting, e.g. --set tile.mpp=0.5. Repeatable.", metavar="NAME=VALUE")]
+StudyArgument = Annotated[
+    Path, typer.Argument(help="A study file (YAML), or the output folder of an earlier `pathfm tile`.", metavar="STUDY")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one setting, e.g. --set tile.mpp=0.5. Repeatable.", metavar="NAME=VALUE"),
+]
 PatientOption = Annotated[bool, typer.Option("--patient-is-slide", help="Accept that every slide is its own patient.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")]
 
@@ -41,7 +48,9 @@ def options(verbose: VerboseOption = False) -> None:
 
 @app.command()
 def tile(
-    sources: Annotated[list[str], typer.Argument(help="Slides, folders, globs, a cohort table (CSV), or one study file (YAML).")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Slides, folders, globs, a cohort table (CSV), or one study file (YAML).")
+    ],
     out: Annotated[Path | None, typer.Option(help="Output folder (needed unless a study file names it).")] = None,
     mpp: Annotated[str | None, typer.Option(help="Resolution of the tiles in um per px, or `native`. [0.5]")] = None,
     tile_px: Annotated[int | None, typer.Option(help="Side of a tile in px. [224]")] = None,
@@ -72,7 +81,9 @@ def pretrain(study: StudyArgument, settings: SetOption = None) -> None:
 @app.command()
 def extract(
     study: StudyArgument,
-    encoder: Annotated[str | None, typer.Option(help="pretrained, timm:NAME, hf-hub:ORG/NAME, local-dir:PATH or untrained:NAME.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="pretrained, timm:NAME, hf-hub:ORG/NAME, local-dir:PATH or untrained:NAME.")
+    ] = None,
     settings: SetOption = None,
 ) -> None:
     """Turn tiles into features: one HDF5 file per slide, whole or absent."""
@@ -123,7 +134,9 @@ def demo(
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="A study file, slide, tile store, feature file, encoder or output folder.")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A study file, slide, tile store, feature file, encoder or output folder.")],
+) -> None:
     """Say what something is: the resolved settings of a study, or the facts of an artifact."""
     from pathfm.inspection import inspect_path
     from pathfm.log import say

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,7 +68,9 @@ def open_study(source: Path, overrides: Sequence[str] = ()) -> Study:
     if source.is_dir():
         file = source / "study.yaml"
         if not file.is_file():
-            raise UsageError("no study.yaml in this folder", where=str(source), fix="name a study file, or run `pathfm tile` first")
+            raise UsageError(
+                "no study.yaml in this folder", where=str(source), fix="name a study file, or run `pathfm tile` first"
+            )
         return load_study(file, overrides)
     return load_study(source, overrides)
 
@@ -116,19 +117,10 @@ def begin(study: Study) -> Run:
 def _find_slides(sources: Sequence[str], folder_of_tiles: bool) -> Sequence[tuple[str, Path]]:
     from pathfm.slides.discover import discover
 
-    found = discover([Path(path) for source in sources for path in _expand(source)], folder_of_tiles)
+    found = discover(sources, folder_of_tiles)
     for path in found.ignored:
         status(path.name, "ignored", "not a slide by its suffix; list it in a cohort table to use it")
     return found.slides
-
-
-def _expand(source: str) -> list[str]:
-    if not glob.has_magic(source) or Path(source).exists():
-        return [source]
-    matches = sorted(glob.glob(source, recursive=True))
-    if not matches:
-        raise UsageError("nothing matches", where=source)
-    return matches
 
 
 def tile(study: Study) -> ExitCode:
@@ -207,7 +199,9 @@ def _stores(run: Run) -> dict[str, Path]:
         if len(store):
             stores[row.slide_id] = store.path
     if not stores:
-        raise StoreError("no slide has tiles", where=str(run.layout.tiles), fix="run `pathfm tile`, and see its record for the reasons")
+        raise StoreError(
+            "no slide has tiles", where=str(run.layout.tiles), fix="run `pathfm tile`, and see its record for the reasons"
+        )
     return stores
 
 
@@ -342,7 +336,10 @@ def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
     usable = [outcome.slide_id for outcome in extraction.report.outcomes if outcome.status in {"done", "kept"}]
     folder = extraction.sets["main"].folder
     predictions = predict(trained / "mil", [folder / f"{slide_id}.h5" for slide_id in usable])
-    with commit_file(run.layout.out / "predictions.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        commit_file(run.layout.out / "predictions.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as stream,
+    ):
         csv.writer(stream).writerows(_prediction_rows(predictions, extraction.report))
     say(f"{len(usable)} of {len(run.cohort.rows)} slides predicted: {run.layout.out / 'predictions.csv'}")
     return run.exit_code

@@ -124,7 +124,9 @@ def _encoder_names(settings: ExtractSettings, own: Path | None) -> dict[str, tup
             names["untrained"] = (untrained, untrained)
         return names
     if own is None or not (own / "teacher" / "config.json").is_file():
-        raise StoreError("the study has no encoder yet", where=str(own or ""), fix="run `pathfm pretrain`, or set extract.encoder=timm:NAME")
+        raise StoreError(
+            "the study has no encoder yet", where=str(own or ""), fix="run `pathfm pretrain`, or set extract.encoder=timm:NAME"
+        )
     names = {"main": ("pretrained", f"local-dir:{own / 'teacher'}")}
     if settings.controls:
         names["untrained"] = ("untrained", f"local-dir:{own / 'untrained'}")

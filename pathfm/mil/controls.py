@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -37,13 +38,23 @@ class Baseline(NamedTuple):
     tile_score: tuple[Floats, ...]
 
 
-def bag_baseline(bag_BD: Floats, label_B: Sequence[int], folds: Sequence[FoldPlaces]) -> Floats:
-    """Out-of-fold probabilities [B, C] of a standardised logistic regression on one vector per bag.
+def count_baseline(count_B: Sequence[int], label_B: Sequence[int], folds: Sequence[FoldPlaces], positive: int) -> Floats:
+    """Probabilities [B, C] from the number of tiles alone.
 
-    C = 1 and balanced class weights, chosen beforehand: there is nothing to stop early, so it learns from the inner validation
-    part as well.
+    With two classes the number itself is the score (more tiles, more positive), scaled by the fold's learning part: a fitted
+    direction would come out reversed in the test part of a balanced cohort and push a useless control far below one half. An
+    AUROC below one half then says that positives have fewer tiles. With more classes a logistic regression is fitted.
     """
-    return _cross_fit(bag_BD, label_B, folds)[0]
+    size_B1 = np.log1p(np.asarray(count_B, dtype=np.float64))[:, None]
+    if len(set(label_B)) > 2:
+        return _cross_fit(size_B1, label_B, folds)[0]
+    probability_BC = np.zeros((len(label_B), 2))
+    for fold in folds:
+        scaler = StandardScaler().fit(size_B1[sorted(fold.train + fold.validation)])
+        for place in fold.test:
+            more = float(expit(scaler.transform(size_B1[[place]])[0, 0]))
+            probability_BC[place, [positive, 1 - positive]] = more, 1 - more
+    return probability_BC
 
 
 def colour_baseline(bags: Sequence[Floats], label_B: Sequence[int], folds: Sequence[FoldPlaces], positive: int) -> Baseline:

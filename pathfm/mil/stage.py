@@ -16,7 +16,7 @@ from pathfm.config import fingerprint
 from pathfm.errors import StoreError
 from pathfm.faults import crash_point
 from pathfm.mil.bags import SlideFeatures, split_by_slide
-from pathfm.mil.controls import COLOUR, COUNT, SHUFFLED, UNTRAINED, bag_baseline, colour_baseline
+from pathfm.mil.controls import COLOUR, COUNT, SHUFFLED, UNTRAINED, colour_baseline, count_baseline
 from pathfm.mil.ensemble import VERSION, Experiment, OutOfFold, out_of_fold
 from pathfm.mil.evaluation import Judged, model_metrics, roc_rows
 from pathfm.mil.fit import Bags
@@ -158,8 +158,7 @@ def _judge(plan: Plan, features: Features, inputs: MilInputs, answers: dict[str,
         bags = [bag.double().numpy() for bag in plan.bags(features.colour)]
         colour = colour_baseline(bags, label_B, plan.places, positive)
         judged.append(Judged(COLOUR, colour.probability_BC, label_B, _localisation(plan, colour.tile_score)))
-    count_B1 = np.log1p([[tiles] for tiles in plan.tiles_B])
-    judged.append(Judged(COUNT, bag_baseline(count_B1, label_B, plan.places), label_B))
+    judged.append(Judged(COUNT, count_baseline(plan.tiles_B, label_B, plan.places, positive), label_B))
     if features.untrained:
         untrained = networks(UNTRAINED, "controls/untrained", features.untrained, label_B)
         judged.append(Judged(UNTRAINED, untrained.probability_BC, label_B, attended(untrained)))

@@ -124,9 +124,13 @@ def load_encoder(name: str, settings: ExtractSettings, device: torch.device) -> 
     scheme, _, rest = name.partition(":")
     if scheme not in SCHEMES or not rest:
         raise UsageError(
-            f"unknown encoder {name!r}", where="extract.encoder", fix=f"use pretrained, or one of {', '.join(f'{key}:...' for key in SCHEMES)}"
+            f"unknown encoder {name!r}",
+            where="extract.encoder",
+            fix=f"use pretrained, or one of {', '.join(f'{key}:...' for key in SCHEMES)}",
         )
-    return TileEncoder(SCHEMES[scheme](rest), name if scheme != "local-dir" else f"local-dir:{Path(rest).name}", settings, device)
+    return TileEncoder(
+        SCHEMES[scheme](rest), name if scheme != "local-dir" else f"local-dir:{Path(rest).name}", settings, device
+    )
 
 
 def _from_timm(name: str) -> nn.Module:
@@ -148,7 +152,9 @@ def _with_weights(name: str) -> nn.Module:
 
 def _from_folder(path: str) -> nn.Module:
     if not (Path(path) / "config.json").is_file():
-        raise UsageError("no encoder folder (config.json is missing)", where=path, fix="name a folder made by `pathfm pretrain` or timm")
+        raise UsageError(
+            "no encoder folder (config.json is missing)", where=path, fix="name a folder made by `pathfm pretrain` or timm"
+        )
     return _with_weights(f"local-dir:{path}")
 
 

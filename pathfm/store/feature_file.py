@@ -98,7 +98,9 @@ def _check_format(path: Path, attrs: Mapping[str, Any]) -> None:
     if attrs.get("format") != FORMAT:
         raise StoreError("not a pathfm feature file", where=str(path))
     if int(attrs["version"]) > VERSION:
-        raise StoreError(f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm")
+        raise StoreError(
+            f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,18 @@ from pathfm.store.commit import read_json, write_json
 from pathfm.study import Settings
 
 Status = Literal["done", "kept", "empty", "failed"]
-LIBRARIES = ("pathfm", "numpy", "torch", "timm", "lightning", "zarr", "h5py", "openslide-python", "openslide-bin", "scikit-learn")
+LIBRARIES = (
+    "pathfm",
+    "numpy",
+    "torch",
+    "timm",
+    "lightning",
+    "zarr",
+    "h5py",
+    "openslide-python",
+    "openslide-bin",
+    "scikit-learn",
+)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,9 @@ class TileStoreWriter:
 def _whole(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
     """An array in one chunk: one file."""
     shape = tuple(max(1, length) for length in values.shape)
-    array = group.create_array(name, shape=values.shape, chunks=shape, dtype=values.dtype, compressors=(ZstdCodec(level=ZSTD_LEVEL),))
+    array = group.create_array(
+        name, shape=values.shape, chunks=shape, dtype=values.dtype, compressors=(ZstdCodec(level=ZSTD_LEVEL),)
+    )
     if values.size:
         array[...] = values
 
@@ -216,7 +218,9 @@ class TileStore:
             array = self._group[name]
             return np.asarray(array[...]) if isinstance(array, zarr.Array) else np.empty(0)
         except (KeyError, OSError, ValueError, RuntimeError) as error:
-            raise StoreError(f"array {name} is damaged or absent", where=str(self.path), fix="delete the store and tile again") from error
+            raise StoreError(
+                f"array {name} is damaged or absent", where=str(self.path), fix="delete the store and tile again"
+            ) from error
 
     @cached_property
     def xy_level0(self) -> npt.NDArray[np.int64]:
@@ -259,7 +263,9 @@ def open_tiles(path: Path | str) -> TileStore:
     if not attrs or attrs.get("format") != FORMAT:
         raise StoreError("not a pathfm tile store", where=str(path))
     if int(attrs["version"]) > VERSION:
-        raise StoreError(f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm")
+        raise StoreError(
+            f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm"
+        )
     return TileStore(path, attrs)
 
 

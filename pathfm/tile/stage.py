@@ -69,7 +69,9 @@ def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
 def describe(outcome: Outcome) -> str:
     """One status line."""
     counts = ", ".join(f"{name} {value}" for name, value in outcome.counts.items())
-    return f"{outcome.slide_id}: {outcome.status}" + (f" ({outcome.reason})" if outcome.reason else f" [{counts}]" if counts else "")
+    return f"{outcome.slide_id}: {outcome.status}" + (
+        f" ({outcome.reason})" if outcome.reason else f" [{counts}]" if counts else ""
+    )
 
 
 def _stale(study: Study, cohort: Cohort, layout: Layout, outcomes: dict[str, Outcome]) -> Iterator[TileTask]:

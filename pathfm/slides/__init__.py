@@ -1,0 +1,1 @@
+"""Glass in: every kind of slide behind one reader protocol."""

@@ -1,0 +1,280 @@
+"""What a slide reader is, which readers exist, and how a file finds its own.
+
+All readers give RGB pixels as they are stored: orientation tags and colour profiles are not applied, and what lies outside the
+scan (or is transparent) is white. Nothing of a file's metadata leaves a reader except the fields of ``SlideMetadata``: image
+descriptions, users, dates, barcodes and DICOM patient tags do not, and label and macro images are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pathfm.errors import UnreadableSlideError
+from pathfm.geometry import Box, Mpp, Size, best_level, fit_within, mpp_is_sane, scale_point, tile_corners, tiles_along
+
+Pixels = npt.NDArray[np.uint8]
+"""RGB [height, width, 3]."""
+
+READERS: dict[str, str] = {
+    "openslide": "pathfm.slides.openslide_reader:open_with_openslide",
+    "tiff": "pathfm.slides.tiff_reader:open_tiff",
+    "image": "pathfm.slides.image_reader:open_image",
+}
+"""Asked in this order; each opener returns None for a file of another kind, and raises for a damaged file of its own kind."""
+
+NOT_DECODED = (205, 150, 185)
+"""Colour of thumbnail places that cannot be decoded: that of tissue, so that no tile there is silently taken for glass."""
+THUMBNAIL_READ_PX = 1024
+"""Side of the regions a thumbnail is put together from, which bounds its memory [px of the level read]."""
+SAMPLE_BYTES, SAMPLE_BLOCKS = 4096, 64
+"""A file's identity rests on its size, this many evenly spaced blocks, and a head and a tail as large as all of them."""
+
+
+class Level(NamedTuple):
+    """One pyramid level: its size in its own pixels, and level-0 pixels per pixel."""
+
+    size: Size
+    downsample: float
+
+
+@dataclass(frozen=True)
+class SlideMetadata:
+    """All that is ever told about a slide (an allow-list).
+
+    Attributes:
+        vendor: scanner family or file kind.
+        mpp: micrometres per level-0 pixel, None when not known or not a microscope's.
+        mpp_source: the key the value comes from; for a value that was refused, the key and why; empty when there is none.
+        objective: objective power.
+        levels: pyramid levels, finest first.
+        size_level0: width and height [level-0 px].
+        icc_sha256: hash of the embedded colour profile, None without one.
+    """
+
+    vendor: str
+    mpp: Mpp | None
+    mpp_source: str
+    objective: float | None
+    levels: tuple[Level, ...]
+    size_level0: Size
+    icc_sha256: str | None = None
+
+
+class SlideReader(Protocol):
+    """An open slide."""
+
+    name: str
+    """Key of the reader in ``READERS``."""
+
+    @property
+    def metadata(self) -> SlideMetadata:
+        """The slide's size, scale and levels."""
+        ...
+
+    def read_region(self, x_level0: int, y_level0: int, level: int, size: Size) -> Pixels:
+        """Pixels [size.height, size.width, 3] of a level, from a level-0 corner; white outside the scan.
+
+        Raises:
+            UnreadableSlideError: the data there cannot be decoded; the reader stays usable.
+        """
+        ...
+
+    def thumbnail(self, longest_px: int) -> tuple[Pixels, float]:
+        """The whole slide with its longer side at most ``longest_px``, and its downsample; see ``make_thumbnail``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file. Closing twice is allowed."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def open_slide(path: Path) -> SlideReader:
+    """Open a slide with the first reader that knows its kind. A folder that holds a DICOM series is one slide.
+
+    Raises:
+        UnreadableSlideError: the file is absent, empty, damaged, or of no kind that can be read.
+    """
+    file = _dicom_file(path) if path.is_dir() else path
+    _check_file(file)
+    for opener in READERS.values():
+        module, _, function = opener.partition(":")
+        open_file: Callable[[Path], SlideReader | None] = getattr(importlib.import_module(module), function)
+        reader = open_file(file)
+        if reader is not None:
+            return reader
+    raise unreadable("not a slide or image of a known kind", path)
+
+
+def unreadable(what: str, path: Path, fix: str = "") -> UnreadableSlideError:
+    """The error of a slide that cannot be used, with the advice that fits most."""
+    return UnreadableSlideError(what, where=str(path), fix=fix or "get a new copy of the file, or leave the slide out")
+
+
+def _dicom_file(folder: Path) -> Path:
+    files = dicom_files(folder)
+    if not files:
+        raise unreadable("a folder that holds no DICOM slide", folder, "name a file, or set cohort.folder_of_tiles=true")
+    return files[0]
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files of a folder, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".dcm" and not path.name.startswith("."))
+
+
+def is_tile_folder(path: Path) -> bool:
+    """Whether a path is a folder of pre-cut tiles, not a file and not a DICOM series."""
+    return path.is_dir() and not dicom_files(path)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise unreadable("the file is empty", path)
+    except FileNotFoundError:
+        raise unreadable("there is no such file", path, "check the path") from None
+    except OSError as error:
+        raise unreadable(f"the file cannot be read: {error.strerror}", path, "check its permissions and its drive") from error
+
+
+def checked_mpp(x: float | None, y: float | None, source: str) -> tuple[Mpp | None, str]:
+    """Scale and source for ``SlideMetadata``: None, and why, when the values are not a microscope's.
+
+    A value for one axis stands for both; differing values are kept as they are.
+    """
+    x, y = x if x is not None else y, y if y is not None else x
+    if x is None or y is None:
+        return None, ""
+    if mpp_is_sane(x) and mpp_is_sane(y):
+        return Mpp(x, y), source
+    return None, f"{source} says {x:.4g}, which is no microscope's (a default resolution tag, or a label)"
+
+
+def on_white(rgba: Pixels) -> Pixels:
+    """Composite RGBA pixels [H, W, 4] over white [H, W, 3]."""
+    alpha = rgba[..., 3:]
+    if alpha.size and alpha.min() == 255:
+        return np.ascontiguousarray(rgba[..., :3])
+    weight = alpha.astype(np.uint16)
+    mixed: Pixels = ((rgba[..., :3] * weight + 255 * (255 - weight) + 127) // 255).astype(np.uint8)
+    return mixed
+
+
+def make_thumbnail(reader: SlideReader, longest_px: int) -> tuple[Pixels, float]:
+    """Area-filtered picture of a whole slide, put together from bounded regions of the best level.
+
+    Places that cannot be decoded get the colour ``NOT_DECODED``.
+
+    Returns:
+        The picture [h, w, 3] and level-0 pixels per pixel of its longer side.
+
+    Raises:
+        UnreadableSlideError: more than half of the regions cannot be decoded.
+    """
+    facts = reader.metadata
+    size, downsample = fit_within(facts.size_level0, longest_px)
+    level = best_level([each.downsample for each in facts.levels], downsample)
+    level_size, level_downsample = facts.levels[level]
+    picture = np.full((size.height, size.width, 3), 255, dtype=np.uint8)
+    boxes = list(_paired_blocks(level_size, size))
+    failed = 0
+    for source, target in boxes:
+        x, y = scale_point(source.left, source.top, level_downsample)
+        try:
+            block = reader.read_region(x, y, level, source.size)
+        except UnreadableSlideError:
+            failed += 1
+            if 2 * failed > len(boxes):
+                raise
+            picture[target.top : target.bottom, target.left : target.right] = NOT_DECODED
+        else:
+            smaller = cv2.resize(block, tuple(target.size), interpolation=cv2.INTER_AREA)
+            picture[target.top : target.bottom, target.left : target.right] = smaller
+    return picture, downsample
+
+
+def _paired_blocks(source: Size, target: Size) -> list[tuple[Box, Box]]:
+    """Blocks of a level, each with the block of the thumbnail it becomes."""
+    columns = _paired_edges(source.width, target.width)
+    rows = _paired_edges(source.height, target.height)
+    return [
+        (Box(left, top, right, bottom), Box(to_left, to_top, to_right, to_bottom))
+        for (top, bottom), (to_top, to_bottom) in rows
+        for (left, right), (to_left, to_right) in columns
+    ]
+
+
+def _paired_edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    ratio = source / target
+    step = max(1, math.floor(THUMBNAIL_READ_PX / ratio))
+    edges = [*range(0, target, step), target]
+    # The exact position of every target pixel's edge, so that rounding never adds up.
+    corners = tile_corners(source, ratio, tiles_along(source, ratio))
+    return [((corners[a], corners[b]), (a, b)) for a, b in itertools.pairwise(edges)]
+
+
+def slide_identity(path: Path) -> str:
+    """SHA-256 of a slide's content, from samples: never of its path or times.
+
+    A file counts with its size, head, tail and 64 evenly spaced blocks; a folder with the relative names and identities of its
+    files; a MIRAX file with the folder beside it.
+
+    Raises:
+        UnreadableSlideError: the file is absent or cannot be read.
+    """
+    companion = path.with_suffix("")
+    digest = hashlib.sha256()
+    try:
+        if path.suffix.lower() == ".mrxs" and companion.is_dir():
+            digest.update((_file_identity(path) + _folder_identity(companion)).encode())
+        elif path.is_dir():
+            digest.update(_folder_identity(path).encode())
+        else:
+            return _file_identity(path)
+    except FileNotFoundError:
+        raise unreadable("there is no such file", path, "check the path") from None
+    except OSError as error:
+        raise unreadable(f"the file cannot be read: {error.strerror}", path, "check its permissions and its drive") from error
+    return digest.hexdigest()
+
+
+def _folder_identity(folder: Path) -> str:
+    files: Sequence[Path] = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
+    digest = hashlib.sha256()
+    for name, path in named:
+        digest.update(f"{name}\0{_file_identity(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_identity(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(size.to_bytes(8, "little"))
+        whole = SAMPLE_BYTES * SAMPLE_BLOCKS
+        samples = [(0, whole), (max(0, size - whole), whole)]
+        samples += [(size * index // SAMPLE_BLOCKS, SAMPLE_BYTES) for index in range(SAMPLE_BLOCKS)]
+        # A file no larger than its head is hashed once, whole.
+        for start, length in samples if size > whole else samples[:1]:
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()

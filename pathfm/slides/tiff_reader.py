@@ -1,0 +1,287 @@
+"""The one door to tifffile's reading side: TIFFs that OpenSlide does not know or misreads (flat, OME, oriented).
+
+Decodes only the tiles or strips a region needs. Eight-bit RGB or grey only: other samples would need a choice of window, and
+fluorescence channels a choice of colour, that a reader must not make.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import tifffile
+
+from pathfm.geometry import Box, Size, scale_point
+from pathfm.slides.reader import Level, Pixels, SlideMetadata, checked_mpp, make_thumbnail, on_white, unreadable
+
+# Its warnings quote tag values, and those may name a patient.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+
+TIFF_ERRORS = (
+    tifffile.TiffFileError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    NotImplementedError,
+    AssertionError,
+    MemoryError,
+    ImportError,
+    OSError,
+    struct.error,
+    zlib.error,
+)
+"""What tifffile and the codecs under it raise on damaged files."""
+
+CACHE_BYTES = 128 * 2**20
+"""Decoded strips and tiles kept, so that neighbouring regions do not decode them again [bytes]."""
+MAX_SEGMENT_PX = 178_956_970
+"""A larger strip or tile is refused: it can only be decoded whole [px]."""
+INSTALL_CODECS = "pip install 'pathfm[formats]'"
+TIFF_MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
+JPEG = {6, 7, 34892, 33007}
+"""Compression codes of JPEG inside TIFF, whose tables stand in a tag of their own."""
+MICROMETRES = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3}
+UNIT_UM = {2: 25_400.0, 3: 10_000.0}
+"""Micrometres per TIFF resolution unit: inch, centimetre."""
+
+
+class Segment(NamedTuple):
+    """One strip or tile: its number in the file, its colour plane (None: all), and the part of the level it covers."""
+
+    number: int
+    plane: int | None
+    box: Box
+
+
+class TiffReader:
+    """The first series of a TIFF, with its pyramid if it has one.
+
+    Raises:
+        UnreadableSlideError: the file is damaged, or not 8-bit RGB or grey.
+    """
+
+    name = "tiff"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: OrderedDict[tuple[int, int], Pixels | None] = OrderedDict()
+        self._cached_bytes = 0
+        self._tiff: tifffile.TiffFile | None = None
+        try:
+            self._tiff = tifffile.TiffFile(path)
+            series = self._tiff.series[0]
+            problem = _problem(series)
+            if not problem:
+                self._pages = [_full_page(level.keyframe) for level in series.levels]
+                self.metadata = _metadata(self._tiff, self._pages)
+        except TIFF_ERRORS as error:
+            self.close()
+            raise unreadable(f"not a TIFF that can be read: {_reason(error)}", path) from error
+        if problem:
+            self.close()
+            raise unreadable(problem, path, "convert it to an 8-bit RGB TIFF, tiled and pyramidal")
+
+    def read_region(self, x_level0: int, y_level0: int, level: int, size: Size) -> Pixels:
+        """See ``SlideReader.read_region``."""
+        level_size, downsample = self.metadata.levels[level]
+        left, top = scale_point(x_level0, y_level0, 1 / downsample)
+        wanted = Box(left, top, left + size.width, top + size.height)
+        page = self._pages[level]
+        canvas = np.full((size.height, size.width, page.samplesperpixel), 255, dtype=np.uint8)
+        for segment in _segments(page, level_size, wanted):
+            try:
+                pixels = self._decode(level, segment.number)
+            except TIFF_ERRORS as error:
+                place = f"the region at x={x_level0} y={y_level0} of level {level}"
+                fix = INSTALL_CODECS if "imagecodecs" in str(error) and "requires" in str(error) else ""
+                raise unreadable(f"{place} cannot be decoded: {_reason(error)}", self._path, fix) from error
+            if pixels is not None:
+                _paste(canvas, wanted, pixels, segment)
+        return _to_rgb(canvas)
+
+    def thumbnail(self, longest_px: int) -> tuple[Pixels, float]:
+        """See ``make_thumbnail``."""
+        return make_thumbnail(self, longest_px)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._tiff is not None:
+            self._tiff.close()
+            self._tiff = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _decode(self, level: int, index: int) -> Pixels | None:
+        """One strip or tile [h, w, samples], None when the file leaves it out; kept for the next region."""
+        key = (level, index)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        pixels = self._decode_afresh(self._pages[level], index)
+        self._cache[key] = pixels
+        self._cached_bytes += pixels.nbytes if pixels is not None else 0
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= dropped.nbytes if dropped is not None else 0
+        return pixels
+
+    def _decode_afresh(self, page: tifffile.TiffPage, index: int) -> Pixels | None:
+        if self._tiff is None:
+            raise ValueError("the reader is closed")
+        length = page.databytecounts[index]
+        if length == 0:
+            return None
+        self._tiff.filehandle.seek(page.dataoffsets[index])
+        data = self._tiff.filehandle.read(length)
+        if len(data) < length:
+            raise ValueError("the file ends too early")
+        tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
+        decoded = page.decode(data, index, **tables)[0]
+        if decoded is None:
+            return None
+        pixels: Pixels = np.asarray(decoded, dtype=np.uint8)[0]
+        return pixels
+
+
+def open_tiff(path: Path) -> TiffReader | None:
+    """The TIFF opened by tifffile; None for a file that is no TIFF.
+
+    Raises:
+        UnreadableSlideError: the file is damaged, or not 8-bit RGB or grey.
+    """
+    with path.open("rb") as file:
+        return TiffReader(path) if file.read(4) in TIFF_MAGIC else None
+
+
+def openslide_misreads(path: Path) -> bool:
+    """Whether OpenSlide's generic TIFF driver would give wrong pixels for a file.
+
+    It takes the first channel of an OME-TIFF for the picture, narrows deep samples, and turns each tile of a file with an
+    orientation tag by itself (seen with OpenSlide 4.0.1).
+    """
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = _full_page(tiff.pages[0])
+            orientation = page.tags.valueof("Orientation", 1)
+            return bool(tiff.is_ome or orientation != 1 or page.bitspersample != 8)
+    except TIFF_ERRORS:
+        return False
+
+
+def _full_page(page: tifffile.TiffPage | tifffile.TiffFrame) -> tifffile.TiffPage:
+    """A page with its own tags (tifffile thins out pages that are like another)."""
+    return page if isinstance(page, tifffile.TiffPage) else page.aspage()
+
+
+def _problem(series: tifffile.TiffPageSeries) -> str:
+    """Why the pixels of a series cannot be taken as RGB; empty text when they can."""
+    page = _full_page(series.keyframe)
+    if 0 in series.shape:
+        return "the image has no pixels"
+    if series.axes not in {"YX", "YXS", "SYX"}:
+        extents = ", ".join(f"{axis}={length}" for axis, length in zip(series.axes, series.shape, strict=True))
+        return f"not one RGB or grey picture but a stack of channels, planes or times ({extents}, {series.dtype})"
+    if series.dtype != np.uint8 or page.bitspersample != 8:
+        return f"samples are {page.bitspersample}-bit {series.dtype}, not 8-bit"
+    if page.photometric not in {1, 2} and not (page.photometric == 6 and page.compression in JPEG):
+        return f"colours are stored as {tifffile.PHOTOMETRIC(page.photometric).name}, not RGB or grey"
+    if page.samplesperpixel not in {1, 3, 4}:
+        return f"{page.samplesperpixel} samples per pixel, not 1, 3 or 4"
+    tile = (page.tilelength * page.tilewidth) or page.rowsperstrip * page.imagewidth
+    if min(tile, page.imagelength * page.imagewidth) > MAX_SEGMENT_PX:
+        return f"stored in strips of more than {MAX_SEGMENT_PX} pixels, which can only be decoded whole"
+    return ""
+
+
+def _metadata(tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]) -> SlideMetadata:
+    """The allowed facts, and no others."""
+    first = pages[0]
+    full = Size(first.imagewidth, first.imagelength)
+    sizes = [Size(page.imagewidth, page.imagelength) for page in pages]
+    downsamples = [(full.width / size.width + full.height / size.height) / 2 for size in sizes]
+    x, y, source = _ome_scale(tiff.ome_metadata or "") if tiff.is_ome else (None, None, "")
+    if x is None and y is None:
+        x, y, source = _tag_scale(first)
+    mpp, source = checked_mpp(x, y, source)
+    profile = first.tags.valueof("InterColorProfile")
+    return SlideMetadata(
+        vendor="ome-tiff" if tiff.is_ome else "tiff",
+        mpp=mpp,
+        mpp_source=source,
+        objective=None,
+        levels=tuple(Level(size, downsample) for size, downsample in zip(sizes, downsamples, strict=True)),
+        size_level0=full,
+        icc_sha256=hashlib.sha256(profile).hexdigest() if profile else None,
+    )
+
+
+def _ome_scale(xml: str) -> tuple[float | None, float | None, str]:
+    """Scale of the first image in an OME description [um per px]; a regular expression needs no parser for foreign XML."""
+    values: list[float | None] = []
+    for axis in "XY":
+        value = re.search(rf'\bPhysicalSize{axis}="([0-9.eE+-]+)"', xml)
+        unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]*)"', xml)
+        factor = MICROMETRES.get(unit.group(1)) if unit else 1.0
+        values.append(float(value.group(1)) * factor if value and factor else None)
+    return values[0], values[1], "ome.PhysicalSizeX"
+
+
+def _tag_scale(page: tifffile.TiffPage) -> tuple[float | None, float | None, str]:
+    """Scale by the resolution tags [um per px]."""
+    unit = UNIT_UM.get(int(page.tags.valueof("ResolutionUnit", 2)))
+    values: list[float | None] = []
+    for axis in "XY":
+        over, under = page.tags.valueof(f"{axis}Resolution", (0, 1))
+        values.append(unit * under / over if unit and over else None)
+    return values[0], values[1], "tiff.XResolution"
+
+
+def _segments(page: tifffile.TiffPage, size: Size, wanted: Box) -> Iterator[Segment]:
+    """The strips or tiles that cover a part of a level."""
+    width, height = (page.tilewidth, page.tilelength) if page.is_tiled else (size.width, min(page.rowsperstrip, size.height))
+    across, down = -(-size.width // width), -(-size.height // height)
+    columns = range(max(0, wanted.left // width), min(across, -(-wanted.right // width)))
+    rows = range(max(0, wanted.top // height), min(down, -(-wanted.bottom // height)))
+    planes = range(page.samplesperpixel) if page.planarconfig == 2 else [None]
+    for plane in planes:
+        for row in rows:
+            for column in columns:
+                left, top = column * width, row * height
+                box = Box(left, top, min(left + width, size.width), min(top + height, size.height))
+                yield Segment(((plane or 0) * down + row) * across + column, plane, box)
+
+
+def _paste(canvas: Pixels, wanted: Box, pixels: Pixels, segment: Segment) -> None:
+    box = segment.box
+    left, top = max(box.left, wanted.left), max(box.top, wanted.top)
+    right, bottom = min(box.right, wanted.right), min(box.bottom, wanted.bottom)
+    part = pixels[top - box.top : bottom - box.top, left - box.left : right - box.left]
+    channels = slice(None) if segment.plane is None else slice(segment.plane, segment.plane + 1)
+    canvas[top - wanted.top : bottom - wanted.top, left - wanted.left : right - wanted.left, channels] = part
+
+
+def _to_rgb(canvas: Pixels) -> Pixels:
+    if canvas.shape[2] == 1:
+        return np.repeat(canvas, 3, axis=2)
+    return on_white(canvas) if canvas.shape[2] == 4 else canvas
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of a foreign message, without the values of tags that it may quote."""
+    return str(error).partition("\n")[0][:120] or type(error).__name__
