@@ -6,7 +6,6 @@ For notebooks::
 """
 
 from importlib import import_module
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -19,7 +18,7 @@ _NOTEBOOK = {
 """What notebooks use, and where it lives; loaded when first asked for, so that importing pathfm costs nothing."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _NOTEBOOK:
         raise AttributeError(f"module 'pathfm' has no attribute {name!r}")
     return getattr(import_module(_NOTEBOOK[name]), name)

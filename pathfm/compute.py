@@ -54,3 +54,8 @@ def seed_everything(seed: int) -> None:
         torch.use_deterministic_algorithms(True)
         # Repeating needs no filling of fresh memory, which is meant for finding bugs and takes a fifth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (AMX, AVX-512 BF16); elsewhere it is emulated, slower than float32."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -30,7 +30,7 @@ class CohortSettings(Settings):
     """Which slides belong to the study."""
 
     table: Path | None = None
-    """CSV with slide_id, path, patient_id, label columns and optionally mpp, site, split, lesion_mask. Paths relative to it."""
+    """CSV with slide_id, path, patient_id, labels and optionally mpp, site, split, lesion_mask; paths relative to it."""
     slides: tuple[str, ...] = ()
     """Without a table: folders (searched), globs or files."""
     folder_of_tiles: bool = False
@@ -38,7 +38,7 @@ class CohortSettings(Settings):
     patient_is_slide: bool = False
     """Accept that every slide is its own patient when no patient_id is given (else mil refuses to split)."""
     tile_labels: Path | None = None
-    """CSV with columns tile and tile_label (1 present, 0 absent, empty unknown): truth for the attention of folder-of-tiles slides."""
+    """CSV with tile and tile_label (1 present, 0 absent, empty unknown): truth for the attention of folder-of-tiles slides."""
 
 
 class TissueSettings(Settings):
@@ -147,7 +147,7 @@ class PretrainSettings(Settings):
     """Bottleneck width of the projection heads."""
     separate_ibot_head: bool = False
     """Give the patch loss its own head."""
-    centering: Literal["softmax", "sinkhorn"] = "softmax"
+    centering: Literal["softmax", "sinkhorn"] = "sinkhorn"
     """How teacher targets are kept from collapsing."""
     dino_weight: NonNegative = 1.0
     """Weight of the CLS loss."""
@@ -225,7 +225,7 @@ class MilSettings(Settings):
     """Outer folds, stratified, grouped by patient."""
     inner_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.2
     """Share of the training patients kept for early stopping; the test fold is never used for it."""
-    ensemble: Positive = 3
+    ensemble: Positive = 5
     """Networks (seeds) per fold; their probabilities are averaged."""
     hidden: Positive = 128
     """Width of the tile projection."""
@@ -233,7 +233,7 @@ class MilSettings(Settings):
     """Width of the gated attention."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     """Share of the tile projection's outputs that is dropped in training."""
-    lr: PositiveFloat = 5e-4
+    lr: PositiveFloat = 1e-3
     """Learning rate (AdamW, cosine)."""
     weight_decay: NonNegative = 1e-3
     """Weight decay."""

@@ -12,11 +12,15 @@ from PIL import Image
 
 
 def _pathfm(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "pathfm", *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "pathfm", *map(str, arguments)], capture_output=True, text=True, check=False, **options
+    )
 
 
 def test_help_is_instant_and_imports_no_torch():
-    program = "import sys; sys.argv = ['pathfm', '--help']\ntry:\n    from pathfm.cli import main; main()\nexcept SystemExit: pass\n"
+    program = (
+        "import sys; sys.argv = ['pathfm', '--help']\ntry:\n    from pathfm.cli import main; main()\nexcept SystemExit: pass\n"
+    )
     check = program + "heavy = {'torch', 'numpy', 'zarr', 'pydantic', 'cv2'} & set(sys.modules); assert not heavy, heavy"
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
@@ -25,7 +29,9 @@ def test_help_is_instant_and_imports_no_torch():
     assert time.monotonic() - started < 5  # a sanity bound for loaded machines; the figure is in the README
 
 
-@pytest.mark.parametrize("command", ["tile", "pretrain", "extract", "run", "demo", "inspect", "doctor", "mil train", "mil predict"])
+@pytest.mark.parametrize(
+    "command", ["tile", "pretrain", "extract", "run", "demo", "inspect", "doctor", "mil train", "mil predict"]
+)
 def test_every_command_teaches(command):
     done = _pathfm(*command.split(), "--help")
     assert done.returncode == 0

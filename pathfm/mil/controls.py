@@ -71,16 +71,23 @@ def colour_baseline(bags: Sequence[Floats], label_B: Sequence[int], folds: Seque
 
 
 def shuffled_labels(stratum_of: Mapping[str, str], test_parts: Sequence[Sequence[str]], seed: int) -> dict[str, str]:
-    """Labels permuted among the patients of each test part, so that the folds stay as balanced as they were.
+    """Labels dealt out anew among the patients of each test part: every true class gets its share of every label.
 
-    Permuting across folds would unbalance them, and a fold with more positives to test has fewer to learn from: that alone
-    pushes the AUROC of a useless model below one half.
+    The parts keep their labels, because unbalanced folds alone push the AUROC of a useless model below one half. And the new
+    labels are as unrelated to the true ones as numbers allow: a blind permutation of forty patients agrees with the truth by
+    chance often enough to make a good model look as if something leaked.
     """
     shuffled: dict[str, str] = {}
     for number, part in enumerate(test_parts):
-        patients = sorted(part)
-        order = np.random.default_rng(derive_seed("shuffled labels", seed, number)).permutation(len(patients))
-        shuffled.update({patient: stratum_of[patients[place]] for patient, place in zip(patients, order, strict=True)})
+        rng = np.random.default_rng(derive_seed("shuffled labels", seed, number))
+        place: dict[str, float] = {}
+        for stratum in sorted({stratum_of[patient] for patient in part}):
+            members = sorted(patient for patient in part if stratum_of[patient] == stratum)
+            # The members of a class are spread evenly, in random order, over the line along which the labels are dealt.
+            positions = (rng.permutation(len(members)) + rng.random()) / len(members)
+            place.update(zip(members, positions.tolist(), strict=True))
+        labels = sorted(stratum_of[patient] for patient in part)
+        shuffled.update(zip(sorted(part, key=lambda patient: (place[patient], patient)), labels, strict=True))
     return shuffled
 
 

@@ -29,7 +29,7 @@ from pathfm.stats.seeds import derive_seed
 from pathfm.store.commit import commit_file, read_json, write_json
 from pathfm.study import MilSettings
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same bags and settings give other weights."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -222,6 +221,8 @@ def _metrics(plan: Plan, judged: Sequence[Judged], features: Features, inputs: M
 
 def _notes(plan: Plan, features: Features) -> list[str]:
     notes = []
+    if plan.study.extract.encoder == "pretrained":
+        notes.append("transductive: the encoder was pretrained, without labels, on tiles of these same patients")
     if any(not row.patient_id for row in plan.cohort.rows):
         notes.append(
             "slides without patient_id count as patients of their own: two slides of one patient may lie in different folds"
@@ -233,5 +234,5 @@ def _notes(plan: Plan, features: Features) -> list[str]:
     if plan.settings.controls:
         given = {COLOUR: features.colour, UNTRAINED: features.untrained}
         notes += [f"control {name!r} was not run: there are no features for it" for name, found in given.items() if not found]
-        notes.append("shuffled labels: one permutation, within the test parts of the folds")
+        notes.append("shuffled labels: dealt out anew once, within the test parts of the folds, unrelated to the true ones")
     return notes

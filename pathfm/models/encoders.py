@@ -63,7 +63,7 @@ class TileEncoder:
     def __init__(self, model: nn.Module, name: str, settings: ExtractSettings, device: torch.device) -> None:
         self._model = model.eval().requires_grad_(requires_grad=False).to(device)
         self._device, self._precision = device, settings.precision
-        facts: dict[str, Any] = resolve_model_data_config(model)
+        facts: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
         is_vit = hasattr(model, "num_prefix_tokens") and hasattr(model, "patch_embed")
         self._pooling = settings.pooling if is_vit else "average"
         self._input_px = settings.input_px or int(facts["input_size"][-1])

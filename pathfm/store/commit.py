@@ -1,7 +1,8 @@
 """Artifacts appear whole or not at all: write beside, flush to disk, rename.
 
-A directory that exists cannot be replaced by a rename, so the old one moves aside first (``.NAME.old``), then the new one moves
-in. A kill between the two leaves the old one aside; ``recover`` puts it back, and every commit and open of a folder begins with it.
+A directory that exists cannot be replaced by a rename, so the old one moves aside first (``.NAME.old``), then the new one
+moves in. A kill between the two leaves the old one aside; ``recover`` puts it back, and every commit and open of a folder
+begins with it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _delete(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Finish or undo a replacement of the folder ``path`` that a kill interrupted; costs one look when there is nothing to do."""
+    """Finish or undo a replacement of the folder ``path`` that a kill interrupted; one look when there is nothing to do."""
     old = _aside(path)
     if not old.exists():
         return
@@ -67,7 +68,7 @@ def recover(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written in ``folder``; what a running process of this machine writes is left alone.
+    """Remove what killed processes left half-written in ``folder``; what a running process here writes is left alone.
 
     A stage does this once when it starts, so that a commit never has to list a folder of many thousand slides.
     """

@@ -55,13 +55,12 @@ def write_features(
         raise StoreError(f"{len(features)} feature rows for {len(coords)} tiles", where=str(path))
     if not np.isfinite(features).all():
         raise StoreError("features are not finite", where=str(path), fix="try extract.precision: fp32, dtype: float32")
-    with commit_file(path) as temporary:
+    with commit_file(path) as temporary, h5py.File(temporary, "w", libver="latest") as file:
         # track_times off: the same features give the same bytes.
-        with h5py.File(temporary, "w", libver="latest") as file:
-            file.create_dataset("features", data=features, track_times=False)
-            crash_point("store.feature_file.between_datasets")
-            file.create_dataset("coords", data=coords.astype(np.int64), track_times=False)
-            file.attrs.update({"format": FORMAT, "version": VERSION, **dict(attrs)})
+        file.create_dataset("features", data=features, track_times=False)
+        crash_point("store.feature_file.between_datasets")
+        file.create_dataset("coords", data=coords.astype(np.int64), track_times=False)
+        file.attrs.update({"format": FORMAT, "version": VERSION, **dict(attrs)})
 
 
 def open_features(path: Path) -> FeatureFile:
@@ -103,5 +102,5 @@ def _check_format(path: Path, attrs: Mapping[str, Any]) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value

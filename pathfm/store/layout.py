@@ -41,7 +41,7 @@ class Layout:
         return self.tiles / f"{slide_id}.zarr"
 
     def encoder(self, backbone: str, digest: str) -> Path:
-        """The study's own encoder (checkpoints, teacher, untrained) for one fingerprint: days of training are never overwritten."""
+        """The study's own encoder (checkpoints, teacher, untrained), one folder per fingerprint: no training is overwritten."""
         return self.out / "encoder" / f"{_safe(backbone)}-{digest[:8]}"
 
     def features(self, encoder_name: str, digest: str) -> Path:

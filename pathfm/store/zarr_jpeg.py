@@ -1,7 +1,7 @@
 """The zarr v3 codec ``imagecodecs_jpeg``, so that plain ``zarr.open`` reads our JPEG stores wherever pathfm is installed.
 
-Name and configuration are those of the public ``imagecodecs-zarr`` package (Python >= 3.12), which reads the same stores without
-pathfm. It is registered only if that package has not registered its own.
+Name and configuration are those of the public ``imagecodecs-zarr`` package (Python >= 3.12), which reads the same stores
+without pathfm. It is registered only if that package has not registered its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class JpegCodec(ArrayBytesCodec):
     is_fixed_size = False
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
+    def from_dict(cls, data: dict[str, Any]) -> Self:
         """Builds the codec from array metadata; options that only matter to other writers are passed over."""
         return cls(level=int(data.get("configuration", {}).get("level") or 90))
 

@@ -12,7 +12,7 @@ Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
 DENSITY_RANGE = (0.08, 0.12)
-"""The threshold on optical density is kept in this range: below lies noise and stain smear, above it pale tissue would be lost."""
+"""The threshold on optical density is kept in this range: below lie noise and stain smear, above would go pale tissue."""
 FLOOR = 0.01
 """Added to densities before Otsu takes their logarithm, so that dark tissue does not hide pale tissue from it."""
 ENTROPY_RANGE = (1.5, 4.5)

@@ -43,7 +43,10 @@ def test_rows_are_the_tiles_and_failures_are_named(tiled):
     layout, cohort = tiled
     done = run_extract(_study(layout), cohort, layout)
     assert {outcome.slide_id: outcome.status for outcome in done.report.outcomes} == {
-        "s0": "done", "s1": "done", "s2": "done", "untiled": "failed",
+        "s0": "done",
+        "s1": "done",
+        "s2": "done",
+        "untiled": "failed",
     }
     features = open_features(done.sets["main"].folder / "s2.h5")
     encoder = load_encoder(ENCODER, ExtractSettings(), CPU)
@@ -56,7 +59,7 @@ def test_rows_are_the_tiles_and_failures_are_named(tiled):
 
 
 def test_batch_size_changes_no_feature_by_more_than_rounding(tiled, tmp_path):
-    layout, cohort = tiled
+    layout, _ = tiled
     values = []
     for size in (1, 4, 64):
         encoder = load_encoder(ENCODER, ExtractSettings(), CPU)
@@ -98,7 +101,11 @@ def test_nets_that_are_no_plain_vit_are_averaged(name):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("magic", "unknown encoder"), ("timm:vit_small_patch99", "did you mean"), ("local-dir:/nowhere", "config.json is missing")],
+    [
+        ("magic", "unknown encoder"),
+        ("timm:vit_small_patch99", "did you mean"),
+        ("local-dir:/nowhere", "config.json is missing"),
+    ],
 )
 def test_an_encoder_that_is_not_there_is_named(name, said):
     with pytest.raises(UsageError, match=said):

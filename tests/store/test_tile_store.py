@@ -77,7 +77,7 @@ def test_a_newer_version_is_refused_by_name(tmp_path, images):
     content = json.loads(path.read_text())
     content["attributes"]["pathfm"]["version"] = 99
     path.write_text(json.dumps(content))
-    with pytest.raises(StoreError, match="newer pathfm .format version 99"):
+    with pytest.raises(StoreError, match=r"newer pathfm .format version 99"):
         open_tiles(tmp_path / "a.zarr")
 
 

@@ -14,7 +14,9 @@ from pathfm.tile.grid import plan_grid
 
 
 def _plan(size, downsamples, slide_mpp, **settings):
-    return plan_grid(Size(*size), tuple(downsamples), Mpp(slide_mpp, slide_mpp) if slide_mpp else None, TileSettings(**settings))
+    return plan_grid(
+        Size(*size), tuple(downsamples), Mpp(slide_mpp, slide_mpp) if slide_mpp else None, TileSettings(**settings)
+    )
 
 
 def test_half_a_micron_from_a_quarter():
@@ -48,9 +50,7 @@ def test_slide_smaller_than_a_tile_gives_no_tile():
     assert len(_plan((497, 185), [1], 0.194, mpp=0.5, tile_px=224).corners_level0) == 0
 
 
-@given(
-    width=st.integers(1, 200_000), height=st.integers(1, 50_000), mpp=st.floats(0.1, 0.5), side=st.integers(224, 512)
-)
+@given(width=st.integers(1, 200_000), height=st.integers(1, 50_000), mpp=st.floats(0.1, 0.5), side=st.integers(224, 512))
 def test_every_tile_lies_inside_the_slide(width, height, mpp, side):
     grid = _plan((width, height), [1.0, 4.0, 16.0], mpp, mpp=1.0, tile_px=side)
     boxes = grid.boxes(1.0)
