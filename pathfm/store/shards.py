@@ -1,8 +1,9 @@
 """zarr v3 shard files, written and read directly: one encoded tile per inner chunk.
 
 A shard is the bytes of its chunks, then an index of (offset, length) pairs as little-endian uint64, one per chunk slot,
-then the CRC-32C of that index; an absent chunk has both numbers at 2^64 - 1 (zarr v3 sharding_indexed codec, index at the end). Reading
-through the general zarr machinery costs about a millisecond per tile; a cached index and one positioned read cost microseconds.
+then the CRC-32C of that index; an absent chunk has both numbers at 2^64 - 1 (zarr v3 sharding_indexed codec, index at the
+end). Reading through the general zarr machinery costs about a millisecond per tile; a cached index and one positioned read
+cost microseconds.
 """
 
 from __future__ import annotations
