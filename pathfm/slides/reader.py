@@ -105,12 +105,13 @@ class SlideReader(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
-def open_slide(path: Path) -> SlideReader:
+def open_slide(path: Path | str) -> SlideReader:
     """Open a slide with the first reader that knows its kind. A folder that holds a DICOM series is one slide.
 
     Raises:
         UnreadableSlideError: the file is absent, empty, damaged, or of no kind that can be read.
     """
+    path = Path(path)
     file = _dicom_file(path) if path.is_dir() else path
     _check_file(file)
     for opener in READERS.values():

@@ -63,12 +63,13 @@ def write_features(
         file.attrs.update({"format": FORMAT, "version": VERSION, **dict(attrs)})
 
 
-def open_features(path: Path) -> FeatureFile:
+def open_features(path: Path | str) -> FeatureFile:
     """Reads and verifies a feature file.
 
     Raises:
         StoreError: absent, damaged, of another tool, or of a newer version.
     """
+    path = Path(path)
     if not path.is_file():
         raise StoreError("no feature file", where=str(path), fix="run `pathfm extract` first")
     try:
