@@ -53,7 +53,8 @@ def run_pretrain(study: Study, store_paths: Sequence[Path], encoder_dir: Path, f
     for folder in (encoder_dir, checkpoint_path.parent):
         sweep(folder)
     if _is_current(teacher_dir, fingerprint):
-        return StageReport("pretrain", note="kept: the encoder is up to date")
+        kept = tuple(Outcome(slide_id, "kept") for slide_id in sorted(open_tiles(path).slide_id for path in store_paths))
+        return StageReport("pretrain", kept, note="the encoder is up to date")
     settings, device = study.pretrain, pick_device(study.compute)
     if settings.warmup_steps >= settings.steps:
         get_log(__name__).warning("pretrain.warmup_steps >= pretrain.steps: the learning rate never reaches its full value")
