@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 EPILOG = "Exit codes: 0 done, 3 some slides failed (listed), 2 usage or settings, 1 internal error, 130 interrupted."
 
+PLACE_ERRORS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+"""A folder that cannot be written, or a file where a folder should be: the user's to mend, not a defect."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -109,9 +112,9 @@ def mil_predict(
     settings: SetOption = None,
 ) -> None:
     """Predict new slides with the networks of a trained study: same tiles, same encoder, all members averaged."""
-    from pathfm import workflow
+    from pathfm.prediction import mil_predict as predict_slides
 
-    _finish(workflow.mil_predict(_study(study, settings), slides, out))
+    _finish(predict_slides(_study(study, settings), slides, out))
 
 
 @app.command()
@@ -177,6 +180,10 @@ def main() -> None:
     except PathfmError as error:
         print(f"pathfm: {error}", file=sys.stderr)
         raise SystemExit(int(error.exit_code)) from None
-    except KeyboardInterrupt:
-        print("pathfm: interrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(int(ExitCode.INTERRUPTED)) from None
+    except PLACE_ERRORS as error:
+        print(f"pathfm: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(int(ExitCode.USAGE)) from None
+    except SystemExit as ended:
+        if ended.code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this
+            print("pathfm: interrupted; run the same command again to go on", file=sys.stderr)
+        raise

@@ -34,6 +34,11 @@ class PathfmError(Exception):
         self.what, self.where, self.fix = what, where, fix
         super().__init__(what, where, fix)
 
+    @property
+    def reason(self) -> str:
+        """The message without its place: for outcome rows, which name the slide and must not carry anybody's paths."""
+        return f"{self.what} ({self.fix})" if self.fix else self.what
+
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         advice = f" ({self.fix})" if self.fix else ""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +22,12 @@ from pathfm.study import Study
 
 if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
-    from pathfm.mil.predict import Prediction
 
 STUDY_SUFFIXES = {".yaml", ".yml"}
 TABLE_SUFFIXES = {".csv", ".tsv"}
 PRETRAINED = "pretrained encoder"
-ENCODER_FILE = "encoder.json"
-"""Beside the trained classifier: the encoder its features came from."""
+RECIPE_FILE = "recipe.json"
+"""Beside the trained classifier: how its tiles and features were made, so that new slides are treated alike."""
 
 
 @dataclass
@@ -40,6 +38,7 @@ class Run:
     cohort: Cohort
     layout: Layout
     reports: dict[str, StageReport] = field(default_factory=dict)
+    stale: set[str] = field(default_factory=set)
 
     def note(self, report: StageReport) -> None:
         """Keeps a stage's report and says in one paragraph what became of it."""
@@ -71,8 +70,16 @@ def open_study(source: Path, overrides: Sequence[str] = ()) -> Study:
             raise UsageError(
                 "no study.yaml in this folder", where=str(source), fix="name a study file, or run `pathfm tile` first"
             )
-        return load_study(file, overrides)
-    return load_study(source, overrides)
+        # The folder may have been moved since: it is the output folder, wherever its settings say it was.
+        return load_study(file, _one_cohort(overrides)).model_copy(update={"out": source.absolute()})
+    return load_study(source, _one_cohort(overrides))
+
+
+def _one_cohort(overrides: Sequence[str]) -> list[str]:
+    """A cohort given on the command line replaces the kept one, of whichever kind that is."""
+    given = {override.partition("=")[0].strip() for override in overrides}
+    cleared = ["cohort.slides=[]"] * ("cohort.table" in given) + ["cohort.table=null"] * ("cohort.slides" in given)
+    return [*cleared, *overrides]
 
 
 def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Study:
@@ -86,13 +93,16 @@ def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Stud
         return open_study(Path(sources[0]), overrides)
     if suffixes & (STUDY_SUFFIXES | TABLE_SUFFIXES) and len(sources) > 1:
         raise UsageError("a study file or cohort table stands alone", where=" ".join(sources), fix="name it and nothing else")
-    if not any(override.startswith("out=") for override in overrides):
+    out = next((Path(override.removeprefix("out=")) for override in overrides if override.startswith("out=")), None)
+    if out is None:
         raise UsageError("no output folder", fix="add --out DIR")
-    study = load_study(None, overrides)
-    return study.model_copy(update={"cohort": study.cohort.model_copy(update=_cohort_of(sources))})
+    # An output folder that has settings keeps them: a table that brings the labels later must not undo how tiles were made.
+    study = open_study(out, overrides) if (out / "study.yaml").is_file() else load_study(None, overrides)
+    return study.model_copy(update={"cohort": study.cohort.model_copy(update=cohort_of(sources))})
 
 
-def _cohort_of(sources: Sequence[str]) -> dict[str, object]:
+def cohort_of(sources: Sequence[str]) -> dict[str, object]:
+    """The cohort settings that sources on a command line mean: one table, or slides."""
     # abspath, not resolve: a symbolic link is named as the user named it.
     placed = [os.path.abspath(source) for source in sources]  # noqa: PTH100
     if len(sources) == 1 and Path(sources[0]).suffix.lower() in TABLE_SUFFIXES:
@@ -101,17 +111,21 @@ def _cohort_of(sources: Sequence[str]) -> dict[str, object]:
 
 
 def begin(study: Study) -> Run:
-    """Checks the cohort, whole, before any work, and keeps the resolved settings in the output folder."""
+    """Checks the cohort, whole, before any work."""
     from pathfm.tile.stage import tile_settings_digest
 
     cohort = load_cohort(study.cohort, Path.cwd(), _find_slides)
     layout = Layout(study.out, tile_spec(study.tile, tile_settings_digest(study.tile)))
     sweep(study.out)
-    text = dump_study(study)
-    if not layout.study_file.is_file() or layout.study_file.read_text(encoding="utf-8") != text:
-        with commit_file(layout.study_file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
     return Run(study, cohort, layout)
+
+
+def _keep_settings(run: Run) -> None:
+    """Keeps the resolved settings in the output folder, for the commands that follow; called once they have proved usable."""
+    text, file = dump_study(run.study), run.layout.study_file
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        with commit_file(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _find_slides(sources: Sequence[str], folder_of_tiles: bool) -> Sequence[tuple[str, Path]]:
@@ -126,7 +140,8 @@ def _find_slides(sources: Sequence[str], folder_of_tiles: bool) -> Sequence[tupl
 def tile(study: Study) -> ExitCode:
     """``pathfm tile``."""
     run = begin(study)
-    _tile(run)
+    _keep_settings(run)
+    run_tiling(run)
     return run.exit_code
 
 
@@ -134,13 +149,15 @@ def pretrain(study: Study) -> ExitCode:
     """``pathfm pretrain``."""
     run = begin(study)
     _pretrain(run)
+    _keep_settings(run)
     return run.exit_code
 
 
 def extract(study: Study) -> ExitCode:
     """``pathfm extract``."""
     run = begin(study)
-    _extract(run)
+    run_extraction(run)
+    _keep_settings(run)
     return run.exit_code
 
 
@@ -148,11 +165,12 @@ def mil_train(study: Study) -> ExitCode:
     """``pathfm mil train``: features must be there; ends with the report."""
     run = begin(study)
     _check_for_mil(run)
-    for folder in (run.layout.tiles,):
-        kept = read_record(folder)
-        if kept:
-            run.reports[kept.stage] = kept
-    _mil(run, _extract(run))
+    _keep_settings(run)
+    kept, slides = read_record(run.layout.tiles), {row.slide_id for row in run.cohort.rows}
+    if kept:
+        mine = tuple(outcome for outcome in kept.outcomes if outcome.slide_id in slides)
+        run.reports[kept.stage] = StageReport(kept.stage, mine)
+    _mil(run, run_extraction(run))
     _report(run)
     return run.exit_code
 
@@ -161,10 +179,11 @@ def run(study: Study) -> ExitCode:
     """``pathfm run``: every stage in order, each doing only what is stale."""
     run = begin(study)
     _check_for_mil(run)
-    _tile(run)
+    _keep_settings(run)
+    run_tiling(run)
     if study.extract.encoder == "pretrained":
         _pretrain(run)
-    _mil(run, _extract(run))
+    _mil(run, run_extraction(run))
     _report(run)
     if all(report.did_nothing for report in run.reports.values()):
         say("everything is up to date: nothing was done")
@@ -173,7 +192,13 @@ def run(study: Study) -> ExitCode:
 
 def _check_for_mil(run: Run) -> None:
     """What only ``mil`` needs, checked before hours of tiling."""
-    check_labels(run.cohort, run.study.mil.label, run.study.mil.level)
+    settings = run.study.mil
+    check_labels(run.cohort, settings.label, settings.level)
+    classes = sorted({row.labels[settings.label] for row in run.cohort.rows if row.labels[settings.label]})
+    if len(classes) < 2:
+        raise UsageError(f"every slide is {classes[0]!r}: there is nothing to tell apart", where=f"label {settings.label!r}")
+    if settings.positive is not None and settings.positive not in classes:
+        raise UsageError(f"no slide is {settings.positive!r}", where="mil.positive", fix=f"labels: {', '.join(classes)}")
     if not run.study.cohort.patient_is_slide and any(row.patient_id is None for row in run.cohort.rows):
         raise UsageError(
             "mil refuses to split without patients: slides of one patient on both sides of a split make every number too good",
@@ -182,21 +207,26 @@ def _check_for_mil(run: Run) -> None:
         )
 
 
-def _tile(run: Run) -> None:
+def run_tiling(run: Run) -> None:
+    """The tile stage, noted."""
     from pathfm.tile.stage import run_tile
 
     run.note(run_tile(run.study, run.cohort, run.layout))
 
 
 def _stores(run: Run) -> dict[str, Path]:
-    """Tile stores that hold tiles, by slide."""
+    """Tile stores that hold tiles and are up to date, by slide."""
+    from pathfm.tile.stage import store_is_current
+
     stores = {}
     for row in run.cohort.rows:
         try:
             store = open_tiles(run.layout.store(row.slide_id))
         except StoreError:
             continue
-        if len(store):
+        if not store_is_current(store, row, run.study.tile):
+            run.stale.add(row.slide_id)
+        elif len(store):
             stores[row.slide_id] = store.path
     if not stores:
         raise StoreError(
@@ -229,10 +259,12 @@ def _own_encoder(run: Run) -> Path | None:
     return run.layout.encoder(run.study.pretrain.backbone, digest)
 
 
-def _extract(run: Run) -> Extraction:
+def run_extraction(run: Run) -> Extraction:
+    """The extract stage on up-to-date stores, noted."""
     from pathfm.extract.stage import run_extract
 
-    extraction = run_extract(run.study, run.cohort, run.layout, _own_encoder(run))
+    _stores(run)
+    extraction = run_extract(run.study, run.cohort, run.layout, _own_encoder(run), run.stale)
     run.note(extraction.report)
     return extraction
 
@@ -241,11 +273,7 @@ def _mil(run: Run, extraction: Extraction) -> None:
     from pathfm.mil.inputs import MilInputs
     from pathfm.mil.stage import VERSION, run_mil
 
-    main = extraction.sets["main"]
-    upstream = {outcome.slide_id: outcome for outcome in extraction.report.outcomes}
-    for outcome in run.reports["tile"].outcomes if "tile" in run.reports else ():
-        if outcome.status == "failed":
-            upstream[outcome.slide_id] = outcome
+    main, upstream = extraction.sets["main"], upstream_outcomes(run, extraction)
     folders = {role: features.folder for role, features in extraction.sets.items()}
     inputs = MilInputs(
         features_dirs=folders,
@@ -256,9 +284,21 @@ def _mil(run: Run, extraction: Extraction) -> None:
         fingerprint=_mil_fingerprint(run, VERSION, folders, upstream),
     )
     run.note(run_mil(run.study, run.cohort, inputs))
-    own = _own_encoder(run)
-    name = f"local-dir:{(own / 'teacher').relative_to(run.layout.out)}" if own else run.study.extract.encoder
-    write_json(run.layout.mil / ENCODER_FILE, {"encoder": name})
+    own, recipe = _own_encoder(run), run.layout.mil / RECIPE_FILE
+    content = {
+        "own_encoder": (own / "teacher").relative_to(run.layout.out).as_posix() if own else None,
+        "tile": run.study.tile.model_dump(mode="json"),
+        "extract": run.study.extract.model_dump(mode="json"),
+    }
+    if not recipe.is_file() or read_json(recipe) != content:
+        write_json(recipe, content)
+
+
+def upstream_outcomes(run: Run, extraction: Extraction) -> dict[str, Outcome]:
+    """What became of each slide before mil: the first stage it failed in has the reason."""
+    upstream = {outcome.slide_id: outcome for outcome in extraction.report.outcomes}
+    tiled = run.reports["tile"].outcomes if "tile" in run.reports else ()
+    return {**upstream, **{outcome.slide_id: outcome for outcome in tiled if outcome.status == "failed"}}
 
 
 def _mil_fingerprint(run: Run, version: int, folders: Mapping[str, Path], upstream: Mapping[str, Outcome]) -> str:
@@ -279,7 +319,7 @@ def _mil_fingerprint(run: Run, version: int, folders: Mapping[str, Path], upstre
     ]
     truth = _file_digest(run.study.cohort.tile_labels)
     inputs = {"version": version, "slides": slides, "truth": truth, "patient_is_slide": run.study.cohort.patient_is_slide}
-    return fingerprint(inputs, run.study.mil, run.study.report.top_tiles)
+    return fingerprint(inputs, run.study.mil)
 
 
 def _feature_fingerprint(path: Path) -> str:
@@ -316,44 +356,3 @@ def _outcome_rows(run: Run) -> list[list[str]]:
         for stage, report in sorted(run.reports.items())
         for outcome in report.outcomes
     ]
-
-
-def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
-    """``pathfm mil predict``: new slides through the tiles, encoder and networks of a trained study."""
-    from pathfm.mil.predict import predict
-
-    trained = study.out
-    if not (trained / "mil" / "metrics.json").is_file():
-        raise UsageError("this study has no trained classifier", where=str(trained), fix="run `pathfm mil train` first")
-    encoder = str(read_json(trained / "mil" / ENCODER_FILE)["encoder"])
-    if study.extract.encoder == "pretrained":
-        encoder = f"local-dir:{trained / encoder.removeprefix('local-dir:')}"
-    cohort = study.cohort.model_copy(update={**_cohort_of(sources), "tile_labels": None})
-    extract = study.extract.model_copy(update={"encoder": encoder, "controls": False})
-    run = begin(study.model_copy(update={"out": out.absolute(), "cohort": cohort, "extract": extract}))
-    _tile(run)
-    extraction = _extract(run)
-    usable = [outcome.slide_id for outcome in extraction.report.outcomes if outcome.status in {"done", "kept"}]
-    folder = extraction.sets["main"].folder
-    predictions = predict(trained / "mil", [folder / f"{slide_id}.h5" for slide_id in usable])
-    with (
-        commit_file(run.layout.out / "predictions.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        csv.writer(stream).writerows(_prediction_rows(predictions, extraction.report))
-    say(f"{len(usable)} of {len(run.cohort.rows)} slides predicted: {run.layout.out / 'predictions.csv'}")
-    return run.exit_code
-
-
-def _prediction_rows(predictions: Sequence[Prediction], report: StageReport) -> Iterator[list[str]]:
-    """One row per slide, the failed and empty ones with their reason."""
-    by_slide = {prediction.slide_id: prediction for prediction in predictions}
-    classes = list(predictions[0].probability) if predictions else []
-    yield ["slide_id", "outcome", "predicted", *(f"p_{name}" for name in classes), "lowest", "highest", "reason"]
-    for outcome in report.outcomes:
-        found = by_slide.get(outcome.slide_id)
-        if found is None:
-            yield [outcome.slide_id, outcome.status, *[""] * (len(classes) + 3), outcome.reason]
-            continue
-        numbers = [*found.probability.values(), found.lowest, found.highest]
-        yield [outcome.slide_id, "predicted", found.predicted, *(f"{number:.6f}" for number in numbers), ""]

@@ -19,7 +19,7 @@ LAYERS = (
     {"slides", "store"},
     {"models", "compute"},
     {"tile", "pretrain", "extract", "mil", "evaluate", "report"},
-    {"cli", "workflow", "inspection", "doctor", "demo", "__main__"},
+    {"cli", "workflow", "prediction", "inspection", "doctor", "demo", "__main__"},
 )
 SIDEWAYS = {0, len(LAYERS) - 1}
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

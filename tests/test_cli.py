@@ -96,7 +96,7 @@ def test_a_slide_without_mpp_says_what_to_do(tmp_path):
 
 def test_mil_refuses_to_split_without_patients(tmp_path):
     _picture(tmp_path / "a.png")
-    (tmp_path / "cohort.csv").write_text("slide_id,path,label\na,a.png,yes\n")
+    (tmp_path / "cohort.csv").write_text("slide_id,path,label\na,a.png,yes\nb,a.png,no\n")
     (tmp_path / "study.yaml").write_text("cohort: {table: cohort.csv}\nout: out\n")
     done = _pathfm("run", tmp_path / "study.yaml")
     assert done.returncode == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -66,7 +66,9 @@ class Extraction:
     sets: Mapping[str, FeatureSet]
 
 
-def run_extract(study: Study, cohort: Cohort, layout: Layout, own_encoder: Path | None = None) -> Extraction:
+def run_extract(
+    study: Study, cohort: Cohort, layout: Layout, own_encoder: Path | None = None, stale_tiles: Collection[str] = ()
+) -> Extraction:
     """Writes the feature files of every slide that has tiles and whose files are absent or stale.
 
     Args:
@@ -74,6 +76,7 @@ def run_extract(study: Study, cohort: Cohort, layout: Layout, own_encoder: Path 
         cohort: the slides.
         layout: where stores are and features go.
         own_encoder: folder of the study's own encoder, for ``extract.encoder=pretrained``.
+        stale_tiles: slides whose store is not what tiling would make now; they count as failed.
     """
     started = datetime.datetime.now(datetime.UTC)
     use_threads(study.compute)
@@ -83,7 +86,9 @@ def run_extract(study: Study, cohort: Cohort, layout: Layout, own_encoder: Path 
     outcomes: dict[str, Outcome] = {}
     work: list[tuple[TileStore, list[int]]] = []
     for row in cohort.rows:
-        store = _usable(row.slide_id, layout, outcomes)
+        store = None if row.slide_id in stale_tiles else _usable(row.slide_id, layout, outcomes)
+        if row.slide_id in stale_tiles:
+            outcomes[row.slide_id] = Outcome(row.slide_id, "failed", "its tiles are stale (run `pathfm tile`)")
         if store is None:
             continue
         stale = [number for number, (features, _) in enumerate(encoders) if not _is_current(features, store)]
@@ -165,7 +170,7 @@ def _extract_slide(store: TileStore, encoders: list[tuple[FeatureSet, Encode]], 
         for collected, (features, _) in zip(rows, encoders, strict=True):
             _write(features, store, np.concatenate(collected), study)
     except PathfmError as error:
-        return Outcome(store.slide_id, "failed", str(error))
+        return Outcome(store.slide_id, "failed", error.reason)
     return Outcome(store.slide_id, "done", counts={"tiles": len(store)})
 
 

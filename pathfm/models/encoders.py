@@ -67,6 +67,10 @@ class TileEncoder:
         is_vit = hasattr(model, "num_prefix_tokens") and hasattr(model, "patch_embed")
         self._pooling = settings.pooling if is_vit else "average"
         self._input_px = settings.input_px or int(facts["input_size"][-1])
+        patch_px = int(model.patch_embed.patch_size[0]) if is_vit else 1  # type: ignore[union-attr,index]
+        if self._input_px % patch_px:
+            what = f"{self._input_px} px is not a whole number of the encoder's patches ({patch_px} px)"
+            raise UsageError(what, where="extract.input_px", fix=f"use {self._input_px // patch_px * patch_px or patch_px}")
         self._interpolation = str(facts["interpolation"]) if facts["interpolation"] in {"bilinear", "bicubic"} else "bicubic"
         self._mean = torch.tensor(facts["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(facts["std"], device=device).view(1, 3, 1, 1)
@@ -129,20 +133,42 @@ def load_encoder(name: str, settings: ExtractSettings, device: torch.device) -> 
             fix=f"use pretrained, or one of {', '.join(f'{key}:...' for key in SCHEMES)}",
         )
     return TileEncoder(
-        SCHEMES[scheme](rest), name if scheme != "local-dir" else f"local-dir:{Path(rest).name}", settings, device
+        SCHEMES[scheme](rest, settings.input_px),
+        name if scheme != "local-dir" else f"local-dir:{Path(rest).name}",
+        settings,
+        device,
     )
 
 
-def _from_timm(name: str) -> nn.Module:
-    if not timm.is_model(name.partition(".")[0]):
-        close = timm.list_models(f"*{name.partition('.')[0].split('_')[0]}*")[:5]
-        raise UsageError(f"timm has no model {name!r}", where="extract.encoder", fix=f"did you mean one of {', '.join(close)}?")
-    return _with_weights(name)
+def _check_known(name: str) -> None:
+    if timm.is_model(name.partition(".")[0]):
+        return
+    close = timm.list_models(f"*{name.partition('.')[0].split('_')[0]}*")[:5]
+    hint = f"did you mean one of {', '.join(close)}?" if close else "see timm.list_models()"
+    raise UsageError(f"timm has no model {name!r}", where="extract.encoder", fix=hint)
 
 
-def _with_weights(name: str) -> nn.Module:
+def _from_timm(name: str, input_px: int | None) -> nn.Module:
+    _check_known(name)
+    return _with_weights(name, input_px)
+
+
+def _create(name: str, input_px: int | None, *, pretrained: bool) -> nn.Module:
+    """The network, ready for ``input_px``: position embeddings resized as needed, or built for that side, or of any side."""
+    sides: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"img_size": input_px}, {}] if input_px else [{}]
+    for options in sides[:-1]:
+        try:
+            sized: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        except TypeError:  # this kind of network has no such option
+            continue
+        return sized
+    plain: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    return plain
+
+
+def _with_weights(name: str, input_px: int | None) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, num_classes=0)
+        model = _create(name, input_px, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         fix = "download the weights where there is a network and use local-dir:PATH"
@@ -150,24 +176,24 @@ def _with_weights(name: str) -> nn.Module:
     return model
 
 
-def _from_folder(path: str) -> nn.Module:
+def _from_folder(path: str, input_px: int | None) -> nn.Module:
     if not (Path(path) / "config.json").is_file():
         raise UsageError(
             "no encoder folder (config.json is missing)", where=path, fix="name a folder made by `pathfm pretrain` or timm"
         )
-    return _with_weights(f"local-dir:{path}")
+    return _with_weights(f"local-dir:{path}", input_px)
 
 
-def _untrained(name: str) -> nn.Module:
+def _untrained(name: str, input_px: int | None) -> nn.Module:
+    _check_known(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    return model
+        return _create(name, input_px, pretrained=False)
 
 
-SCHEMES: dict[str, Callable[[str], nn.Module]] = {
+SCHEMES: dict[str, Callable[[str, int | None], nn.Module]] = {
     "timm": _from_timm,
-    "hf-hub": lambda name: _with_weights(f"hf-hub:{name}"),
+    "hf-hub": lambda name, input_px: _with_weights(f"hf-hub:{name}", input_px),
     "local-dir": _from_folder,
     "untrained": _untrained,
 }

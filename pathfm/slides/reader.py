@@ -247,7 +247,7 @@ def slide_identity(path: Path) -> str:
         if path.suffix.lower() == ".mrxs" and companion.is_dir():
             digest.update((_file_identity(path) + _folder_identity(companion)).encode())
         elif path.is_dir():
-            digest.update(_folder_identity(path).encode())
+            digest.update(_folder_identity(path, tiles_only=is_tile_folder(path)).encode())
         else:
             return _file_identity(path)
     except FileNotFoundError:
@@ -257,8 +257,13 @@ def slide_identity(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _folder_identity(folder: Path) -> str:
+def _folder_identity(folder: Path, *, tiles_only: bool = False) -> str:
+    from pathfm.slides.tile_folder import is_tile_name
+
     files: Sequence[Path] = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    if tiles_only:
+        # What the system or a person leaves beside the pictures (Thumbs.db, notes) is no part of the slide.
+        files = [path for path in files if is_tile_name(path.name)]
     named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
     digest = hashlib.sha256()
     for name, path in named:

@@ -46,7 +46,9 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    stat = Path(f"/proc/{pid}/stat")
+    # A killed process that nobody has waited for still has a number, and writes nothing any more.
+    return not (stat.exists() and stat.read_text(errors="replace").rpartition(")")[2].split()[0] == "Z")
 
 
 def _delete(path: Path) -> None:
@@ -143,11 +145,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 over the relative names and bytes of a file or folder, records left out: what "identical" means."""
+    """SHA-256 over the relative names and bytes of a file or folder, without records and half-written files: "identical"."""
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
     for file in files:
-        if file.name in RECORDS:
+        if file.name in RECORDS or any(part.endswith(".partial") for part in file.relative_to(path).parts):
             continue
         name = file.relative_to(path).as_posix() if file != path else file.name
         digest.update(f"{len(name.encode())}:{name}:{file.stat().st_size}:".encode())

@@ -17,7 +17,7 @@ from pathfm.store.cohort import Cohort, SlideRow
 from pathfm.store.commit import sweep
 from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport, write_record
-from pathfm.store.tile_store import open_tiles
+from pathfm.store.tile_store import TileStore, open_tiles
 from pathfm.study import Study, TileSettings
 from pathfm.tile.slide import tile_slide
 from pathfm.workers import InternalError, map_isolated
@@ -53,11 +53,13 @@ def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
     outcomes: dict[str, Outcome] = {}
     sweep(layout.tiles)
     tasks = list(_stale(study, cohort, layout, outcomes))
-    results: Iterable[tuple[TileTask, object]] = map_isolated(_work, tasks, study.compute.workers) if tasks else ()
+    results: Iterable[tuple[TileTask, Outcome | PathfmError]] = (
+        map_isolated(_work, tasks, study.compute.workers) if tasks else ()
+    )
     for task, result in track(results, "tile", len(tasks)):
         if isinstance(result, InternalError):
             log.error("%s: %s", task.row.slide_id, result.traceback)
-        outcome = result if isinstance(result, Outcome) else Outcome(task.row.slide_id, "failed", str(result))
+        outcome = result if isinstance(result, Outcome) else Outcome(task.row.slide_id, "failed", result.reason)
         outcomes[outcome.slide_id] = outcome
         log.info("%s", describe(outcome))
     report = StageReport("tile", tuple(outcomes[row.slide_id] for row in cohort.rows))
@@ -80,7 +82,7 @@ def _stale(study: Study, cohort: Cohort, layout: Layout, outcomes: dict[str, Out
         try:
             identity = slide_identity(row.path)
         except SlideError as error:
-            outcomes[row.slide_id] = Outcome(row.slide_id, "failed", str(error))
+            outcomes[row.slide_id] = Outcome(row.slide_id, "failed", error.reason)
             continue
         task = TileTask(row, study.tile, layout.store(row.slide_id), identity, _fingerprints(row, study.tile, identity))
         kept = _kept(task)
@@ -93,6 +95,14 @@ def _stale(study: Study, cohort: Cohort, layout: Layout, outcomes: dict[str, Out
 def tile_settings_digest(settings: TileSettings) -> str:
     """Fingerprint of the settings that concern every slide: an assumed mpp only concerns slides that have none."""
     return fingerprint({"version": VERSION}, settings.model_copy(update={"assume_mpp": None}))
+
+
+def store_is_current(store: TileStore, row: SlideRow, settings: TileSettings) -> bool:
+    """Whether a store is what tiling would make now; False also when the slide cannot be read any more."""
+    try:
+        return store.fingerprint in _fingerprints(row, settings, slide_identity(row.path))
+    except SlideError:
+        return False
 
 
 def _fingerprints(row: SlideRow, settings: TileSettings, identity: str) -> tuple[str, str]:
@@ -117,5 +127,5 @@ def _work(task: TileTask) -> Outcome:
     try:
         counts, empty_reason = tile_slide(task.row, task.settings, task.store, task.identity, task.fingerprints)
     except PathfmError as error:
-        return Outcome(task.row.slide_id, "failed", str(error))
+        return Outcome(task.row.slide_id, "failed", error.reason)
     return Outcome(task.row.slide_id, "empty" if empty_reason else "done", empty_reason, counts)

@@ -105,8 +105,28 @@ def test_nets_that_are_no_plain_vit_are_averaged(name):
         ("magic", "unknown encoder"),
         ("timm:vit_small_patch99", "did you mean"),
         ("local-dir:/nowhere", "config.json is missing"),
+        ("untrained:nonsense", "no model"),
     ],
 )
 def test_an_encoder_that_is_not_there_is_named(name, said):
     with pytest.raises(UsageError, match=said):
         load_encoder(name, ExtractSettings(), CPU)
+
+
+def test_another_input_side_works_for_every_kind_and_keeps_the_weights():
+    for name, side in (("vit_tiny_patch16_224", 64), ("resnet10t", 50), ("swin_tiny_patch4_window7_224", 112)):
+        encoder = load_encoder(f"untrained:{name}", ExtractSettings(input_px=side), CPU)
+        assert encoder(np.zeros((1, 64, 64, 3), dtype=np.uint8)).shape == (1, encoder.recipe.dim)
+    whole, half = (load_encoder(ENCODER, ExtractSettings(input_px=side), CPU).recipe for side in (224, 112))
+    assert whole.weights_sha256 == half.weights_sha256
+
+
+def test_an_input_side_of_broken_patches_is_refused():
+    with pytest.raises(UsageError, match="not a whole number of the encoder's patches"):
+        load_encoder(ENCODER, ExtractSettings(input_px=50), CPU)
+
+
+def test_tiles_that_are_stale_are_not_used(tiled):
+    layout, cohort = tiled
+    done = run_extract(_study(layout), cohort, layout, stale_tiles={"s1"})
+    assert {outcome.slide_id: outcome.status for outcome in done.report.outcomes}["s1"] == "failed"
