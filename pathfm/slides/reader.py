@@ -263,7 +263,7 @@ def _folder_identity(folder: Path, *, tiles_only: bool = False) -> str:
     files: Sequence[Path] = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     if tiles_only:
         # What the system or a person leaves beside the pictures (Thumbs.db, notes) is no part of the slide.
-        files = [path for path in files if is_tile_name(path.name)]
+        files = [path for path in files if is_tile_name(path.name)] or files
     named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
     digest = hashlib.sha256()
     for name, path in named:
