@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pathfm.errors import UsageError
-from pathfm.slides.reader import dicom_files
-from pathfm.slides.tile_folder import is_tile_name, natural_order
+from pathfm.slides.reader import dicom_files, is_tile_name
+from pathfm.slides.tile_folder import natural_order
 
 SLIDE_SUFFIXES = frozenset(
     {".svs", ".tif", ".tiff", ".dcm", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".czi", ".qptiff"}

@@ -39,6 +39,7 @@ NOT_DECODED = (205, 150, 185)
 """Colour of thumbnail places that cannot be decoded: that of tissue, so that no tile there is silently taken for glass."""
 THUMBNAIL_READ_PX = 1024
 """Side of the regions a thumbnail is put together from, which bounds its memory [px of the level read]."""
+TILE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
 SAMPLE_BYTES, SAMPLE_BLOCKS = 4096, 64
 """A file's identity rests on its size, this many evenly spaced blocks, and a head and a tail as large as all of them."""
 
@@ -138,6 +139,11 @@ def _dicom_file(folder: Path) -> Path:
 def dicom_files(folder: Path) -> list[Path]:
     """The DICOM files of a folder, by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".dcm" and not path.name.startswith("."))
+
+
+def is_tile_name(name: str) -> bool:
+    """Whether a file is a tile picture by its suffix."""
+    return Path(name).suffix.lower() in TILE_SUFFIXES
 
 
 def is_tile_folder(path: Path) -> bool:
@@ -258,8 +264,6 @@ def slide_identity(path: Path) -> str:
 
 
 def _folder_identity(folder: Path, *, tiles_only: bool = False) -> str:
-    from pathfm.slides.tile_folder import is_tile_name
-
     files: Sequence[Path] = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     if tiles_only:
         # What the system or a person leaves beside the pictures (Thumbs.db, notes) is no part of the slide.

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from pathfm.errors import UnreadableSlideError
 from pathfm.geometry import Size
-from pathfm.slides.reader import Pixels, open_slide, unreadable
-
-TILE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+from pathfm.slides.reader import TILE_SUFFIXES, Pixels, is_tile_name, open_slide, unreadable
 
 
 class TileFolder:
@@ -55,11 +53,6 @@ class TileFolder:
     def sizes(self) -> dict[str, Size]:
         """Width and height of every readable tile; decodes them all."""
         return {name: Size(tile.shape[1], tile.shape[0]) for name, tile in self if not isinstance(tile, UnreadableSlideError)}
-
-
-def is_tile_name(name: str) -> bool:
-    """Whether a file is a tile picture by its suffix."""
-    return Path(name).suffix.lower() in TILE_SUFFIXES
 
 
 def natural_order(name: str) -> tuple[tuple[str | int, ...], str]:
