@@ -39,6 +39,7 @@ class Run:
     layout: Layout
     reports: dict[str, StageReport] = field(default_factory=dict)
     stale: set[str] = field(default_factory=set)
+    stores: dict[str, Path] | None = None
 
     def note(self, report: StageReport) -> None:
         """Keeps a stage's report and says in one paragraph what became of it."""
@@ -212,13 +213,16 @@ def run_tiling(run: Run) -> None:
     from pathfm.tile.stage import run_tile
 
     run.note(run_tile(run.study, run.cohort, run.layout))
+    run.stores = None
 
 
 def _stores(run: Run) -> dict[str, Path]:
-    """Tile stores that hold tiles and are up to date, by slide."""
+    """Tile stores that hold tiles and are up to date, by slide; looked at once, since that reads a part of every slide."""
     from pathfm.tile.stage import store_is_current
 
-    stores = {}
+    if run.stores is not None:
+        return run.stores
+    run.stores = stores = {}
     for row in run.cohort.rows:
         try:
             store = open_tiles(run.layout.store(row.slide_id))
@@ -228,10 +232,6 @@ def _stores(run: Run) -> dict[str, Path]:
             run.stale.add(row.slide_id)
         elif len(store):
             stores[row.slide_id] = store.path
-    if not stores:
-        raise StoreError(
-            "no slide has tiles", where=str(run.layout.tiles), fix="run `pathfm tile`, and see its record for the reasons"
-        )
     return stores
 
 
@@ -245,6 +245,9 @@ def _pretrain(run: Run) -> None:
 
 
 def _pretrain_fingerprint(run: Run, version: int, stores: Mapping[str, Path]) -> str:
+    if not stores:
+        fix = "run `pathfm tile`, and see its record for the reasons"
+        raise StoreError("no slide has tiles", where=str(run.layout.tiles), fix=fix)
     inputs = {slide_id: open_tiles(path).fingerprint for slide_id, path in stores.items()}
     return fingerprint({"version": version, "stores": inputs}, run.study.pretrain)
 

@@ -22,11 +22,14 @@ def test_help_is_instant_and_imports_no_torch():
         "import sys; sys.argv = ['pathfm', '--help']\ntry:\n    from pathfm.cli import main; main()\nexcept SystemExit: pass\n"
     )
     check = program + "heavy = {'torch', 'numpy', 'zarr', 'pydantic', 'cv2'} & set(sys.modules); assert not heavy, heavy"
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "tile" in done.stdout
-    assert time.monotonic() - started < 5  # a sanity bound for loaded machines; the figure is in the README
+    walls = []
+    for _ in range(5):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+        walls.append(time.monotonic() - started)
+        assert done.returncode == 0, done.stderr
+        assert "tile" in done.stdout
+    assert min(walls) < 0.5  # the best of five, so that a loaded machine does not decide
 
 
 @pytest.mark.parametrize(

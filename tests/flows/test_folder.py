@@ -64,6 +64,13 @@ def test_predictions_never_go_into_a_study(trained):
     assert (trained / "out" / "study.yaml").read_text() == before
 
 
+def test_a_batch_of_bad_slides_alone_still_gets_its_rows(trained, tmp_path):
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    code, _, err = run("mil", "predict", trained / "out", tmp_path / "bad.svs", "--out", tmp_path / "new")
+    assert code == 3, err
+    assert "bad,failed" in (tmp_path / "new" / "predictions.csv").read_text()
+
+
 def test_a_copied_folder_works_on_itself(trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "copy")
     before = sorted(path.name for path in (trained / "out" / "features").rglob("*"))
