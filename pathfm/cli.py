@@ -55,10 +55,13 @@ def tile(
         list[str], typer.Argument(help="Slides, folders, globs, a cohort table (CSV), or one study file (YAML).")
     ],
     out: Annotated[Path | None, typer.Option(help="Output folder (needed unless a study file names it).")] = None,
-    mpp: Annotated[str | None, typer.Option(help="Resolution of the tiles in um per px, or `native`. [0.5]")] = None,
+    mpp: Annotated[str | None, typer.Option(help="Resolution in um per px, several with commas, or `native`. [0.5]")] = None,
     tile_px: Annotated[int | None, typer.Option(help="Side of a tile in px. [224]")] = None,
     assume_mpp: Annotated[float | None, typer.Option(help="mpp of slides that carry none.")] = None,
     folder_of_tiles: Annotated[bool, typer.Option("--folder-of-tiles", help="Each sub-folder of images is one slide.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say what would be done: one table of all slides.")] = False,
+    shard: Annotated[str | None, typer.Option(help="i/n: work on every n-th slide only, for array jobs.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Local folder that slides of slow drives are copied to.")] = None,
     settings: SetOption = None,
 ) -> None:
     """Cut slides into tiles: tissue detection, true micrometres, quality columns, one zarr store per slide.
@@ -67,10 +70,22 @@ def tile(
     """
     from pathfm import workflow
 
-    options = {"tile.mpp": mpp, "tile.tile_px": tile_px, "tile.assume_mpp": assume_mpp, "out": out and out.absolute()}
+    options = {
+        "tile.mpp": f"[{mpp}]" if mpp and "," in mpp else mpp,
+        "tile.tile_px": tile_px,
+        "tile.assume_mpp": assume_mpp,
+        "out": out and out.absolute(),
+        "compute.shard": shard,
+        "compute.cache_dir": cache_dir and cache_dir.absolute(),
+    }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     given += ["cohort.folder_of_tiles=true"] * folder_of_tiles
-    _finish(workflow.tile(workflow.study_from_sources(sources, [*given, *(settings or [])])))
+    study = workflow.study_from_sources(sources, [*given, *(settings or [])])
+    if check:
+        from pathfm import tiling
+
+        _finish(tiling.check(study))
+    _finish(workflow.tile(study))
 
 
 @app.command()

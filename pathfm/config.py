@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pathfm.addresses import is_remote
 from pathfm.errors import UsageError
 from pathfm.study import Settings, Study
 
@@ -240,11 +241,24 @@ def _refusal(problems: Sequence[str], source: str) -> UsageError:
 def _resolved(study: Study, base: Path) -> Study:
     cohort = study.cohort
     placed = {
-        "table": base / cohort.table if cohort.table else None,
-        "tile_labels": base / cohort.tile_labels if cohort.tile_labels else None,
-        "slides": tuple(str(base / source) for source in cohort.slides),
+        "table": _placed(base, cohort.table),
+        "tile_labels": _placed(base, cohort.tile_labels),
+        "slides": tuple(source if is_remote(source) else str(base / source) for source in cohort.slides),
     }
-    return study.model_copy(update={"out": base / study.out, "cohort": cohort.model_copy(update=placed)})
+    tile, cache = study.tile, study.compute.cache_dir
+    tissue = tile.tissue.model_copy(update={"annotations": _placed(base, tile.tissue.annotations)})
+    return study.model_copy(
+        update={
+            "out": base / study.out,
+            "cohort": cohort.model_copy(update=placed),
+            "tile": tile.model_copy(update={"coords": _placed(base, tile.coords), "tissue": tissue}),
+            "compute": study.compute.model_copy(update={"cache_dir": _placed(base, cache)}),
+        }
+    )
+
+
+def _placed(base: Path, path: Path | None) -> Path | None:
+    return base / path if path else None
 
 
 def _table_lines(table: Settings, indent: str) -> Iterator[str]:

@@ -17,6 +17,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "report": ("jinja2", "matplotlib"),
     "formats": ("imagecodecs",),
     "dicom": ("pydicom",),
+    "remote": ("fsspec",),
+    "interop": ("pyarrow",),
     "pipelines": ("snakemake",),
 }
 """Optional libraries by the extra that installs them."""

@@ -10,6 +10,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 MPP_SANE = (0.05, 20.0)
 """Micrometres per pixel outside this range are not a microscope's (a default 72 dpi tag reads as 352.8)."""
 
@@ -33,6 +36,11 @@ class Box(NamedTuple):
     def size(self) -> Size:
         """Width and height."""
         return Size(self.right - self.left, self.bottom - self.top)
+
+
+def contains(outer: Box, inner: Box) -> bool:
+    """Whether a rectangle lies in another."""
+    return outer[0] <= inner[0] and outer[1] <= inner[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
 
 
 class Mpp(NamedTuple):
@@ -63,6 +71,18 @@ def best_level(downsamples: Sequence[float], wanted: float) -> int:
     return fitting[-1] if fitting else 0
 
 
+def level_downsample(full: Size, level: Size) -> float:
+    """Level-0 pixels per pixel of a level.
+
+    Scanners shrink by whole numbers and round the size, so a whole number that explains both sides is the true one; the mean
+    ratio of the sides, which others take, is off by up to a pixel at the far edge.
+    """
+    mean = (full.width / level.width + full.height / level.height) / 2
+    whole = math.floor(mean + 0.5)
+    explains = all(abs(long / whole - short) < 1 for long, short in zip(full, level, strict=True))
+    return float(whole) if explains else mean
+
+
 def tile_corners(length_level0: int, side_level0: float, count: int) -> list[int]:
     """Corners 0..count of the tiles along one axis, each rounded once from the exact position."""
     return [min(math.floor(index * side_level0 + 0.5), length_level0) for index in range(count + 1)]
@@ -71,6 +91,11 @@ def tile_corners(length_level0: int, side_level0: float, count: int) -> list[int
 def tiles_along(length_level0: int, side_level0: float) -> int:
     """How many whole tiles fit along an axis (half a pixel of slack, which rounding a corner may use)."""
     return max(0, math.floor((length_level0 + 0.5) / side_level0))
+
+
+def nearest(positions: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Exact positions rounded to the nearest pixel, halves up (which keeps equal steps equal)."""
+    return np.floor(positions + 0.5).astype(np.int64)
 
 
 def scale_point(x: float, y: float, factor: float) -> tuple[int, int]:

@@ -54,35 +54,85 @@ class TissueSettings(Settings):
     """Holes in the tissue smaller than this are filled [um2]."""
     thumbnail_px: Positive = 2048
     """Longer side of the thumbnail the mask is made on [px]."""
+    background: Literal["bright", "dark"] = "bright"
+    """bright: transmitted light, where a slide on black is refused by name; dark: fluorescence, where tissue is what is lit
+    and neither black nor the colours of ink are reasons to drop a tile."""
+    plugin: str | None = None
+    """A mask function of one's own, as module:function or the name of an entry point in the group pathfm.tissue."""
+    annotations: Path | None = None
+    """Folder of <slide_id>.geojson files (QuPath) with regions to keep or to leave out."""
+    include: tuple[str, ...] = ()
+    """Classes of annotated regions that tiles must lie in; with none, annotations only leave out."""
+    exclude: tuple[str, ...] = ()
+    """Classes of annotated regions that are left out."""
+
+
+class FilterSettings(Settings):
+    """Which tiles the quality columns drop; each dropped tile is counted under the name of its column."""
+
+    measure: bool = True
+    """Measure quality; without it only the tissue share is known, no filter applies, and stored tiles are not decoded."""
+    max_white: Fraction = 0.95
+    """Tiles with a larger share of near-white pixels are dropped."""
+    max_black: Fraction = 0.5
+    """Tiles with a larger share of near-black pixels are dropped."""
+    max_pen: Fraction = 0.2
+    """Tiles with a larger share of marker-pen ink are dropped."""
+    min_blur: NonNegative = 0.0
+    """Tiles with a smaller variance of the Laplacian are dropped as out of focus; 0: none, it depends on stain and scanner."""
+    max_damage: Fraction = 0.03
+    """Tiles with a larger value of the damage column (see docs/quality.md) are dropped; 1: none."""
+
+
+class ColourSettings(Settings):
+    """What happens to colours before tiles are stored."""
+
+    icc: bool = False
+    """Apply the scanner's ICC profile (to sRGB) where a slide has one."""
+    normalise: Literal["none", "reinhard", "macenko"] = "none"
+    """Stain normalisation to a fixed reference: reinhard (2001) or macenko (2009)."""
 
 
 class TileSettings(Settings):
     """Stage 1: slides -> tile stores."""
 
-    mpp: PositiveFloat | Literal["native"] = 0.5
-    """Resolution of the tiles [um per px]; native: level 0 as it is, also for images whose mpp is unknown."""
+    mpp: PositiveFloat | Literal["native"] | Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = 0.5
+    """Resolution of the tiles [um per px], or several; native: level 0 as it is, also for images whose mpp is unknown."""
     tile_px: Positive = 224
     """Side of a tile [px]."""
+    overlap_px: Count = 0
+    """How far neighbouring tiles overlap [px]."""
+    keep_px: Positive | None = None
+    """Side of the region stored around each tile, larger than the tile, as room for crops [px]; none: the tile itself."""
+    edge: Literal["drop", "pad"] = "drop"
+    """Tiles partly outside the scan: drop them, or pad with white and flag them in the column `outside`."""
+    upsample: bool = False
+    """Allow tiles finer than the slide."""
     assume_mpp: PositiveFloat | None = None
     """mpp of slides that carry none in the file or in the cohort table [um per px]."""
     mpp_tolerance: Fraction = 0.02
     """A pyramid level this close to the wanted mpp is used unscaled; its true mpp is stored."""
     tissue: TissueSettings = TissueSettings()
     """Tissue detection."""
-    max_white: Fraction = 0.95
-    """Tiles with a larger share of near-white pixels are dropped."""
-    max_black: Fraction = 0.5
-    """Tiles with a larger share of near-black pixels are dropped."""
+    filters: FilterSettings = FilterSettings()
+    """Which tiles the quality columns drop."""
+    colour: ColourSettings = ColourSettings()
+    """Colour profile and stain normalisation."""
     max_unreadable: Fraction = 0.05
     """A slide fails when a larger share of its tiles cannot be decoded; below it they are dropped and counted."""
-    codec: Literal["jpeg", "zstd"] = "jpeg"
-    """How pixels are stored: jpeg (small) or zstd (lossless)."""
+    codec: Literal["auto", "jpeg", "zstd", "none"] = "auto"
+    """How pixels are stored: jpeg (small); auto: the slide's own JPEG data where tiles coincide with it, else jpeg; zstd
+    (lossless); none: coordinates only, pixels stay in the slide."""
     jpeg_quality: Annotated[int, Field(ge=50, le=100)] = 90
     """JPEG quality of stored tiles."""
     shard_tiles: Positive = 256
     """Tiles per shard file."""
     keep_thumbnail_px: Positive = 1024
     """Longer side of the thumbnail kept in the store [px]."""
+    reader: Literal["auto", "openslide"] = "auto"
+    """auto: compressed tiles are read directly where that is proved equal to OpenSlide; openslide: never."""
+    coords: Path | None = None
+    """Folder of coordinate files of other tools (CLAM, TRIDENT, STAMP, LazySlide), <slide_id>.*, instead of our own grid."""
 
 
 class CropSettings(Settings):
@@ -273,6 +323,16 @@ class ComputeSettings(Settings):
     """auto, cpu, cuda or cuda:N."""
     batch_size: Positive = 64
     """Tiles per inference batch."""
+    slide_timeout_s: NonNegative = 7200.0
+    """A slide that takes longer to tile fails, and the next one goes on; 0: no limit [s]."""
+    shard: Annotated[str, Field(pattern=r"^(\d+/\d+)?$")] = ""
+    """i/n (1-based): work only on every n-th slide, for array jobs; empty: on all."""
+    cache_dir: Path | None = None
+    """Local folder that slides are copied to before they are read, ahead of need; for network drives."""
+    cache_gb: PositiveFloat = 50.0
+    """Most that the cache may hold [GB]."""
+    lease_s: Annotated[float, Field(ge=10.0)] = 120.0
+    """A slide whose worker on another machine has shown no sign of life for so long is taken over [s]."""
 
 
 class Study(Settings):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pathfm.addresses import is_remote
 from pathfm.config import dump_study, fingerprint, load_study
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, status
@@ -105,7 +106,7 @@ def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Stud
 def cohort_of(sources: Sequence[str]) -> dict[str, object]:
     """The cohort settings that sources on a command line mean: one table, or slides."""
     # abspath, not resolve: a symbolic link is named as the user named it.
-    placed = [os.path.abspath(source) for source in sources]  # noqa: PTH100
+    placed = [source if is_remote(source) else os.path.abspath(source) for source in sources]  # noqa: PTH100
     if len(sources) == 1 and Path(sources[0]).suffix.lower() in TABLE_SUFFIXES:
         return {"table": Path(placed[0]), "slides": ()}
     return {"table": None, "slides": tuple(placed)}
@@ -212,8 +213,13 @@ def run_tiling(run: Run) -> None:
     """The tile stage, noted."""
     from pathfm.tile.stage import run_tile
 
-    run.note(run_tile(run.study, run.cohort, run.layout))
+    report = run_tile(run.study, run.cohort, run.layout)
+    run.note(report)
     run.stores = None
+    if not report.did_nothing:
+        from pathfm.tiling import write_page
+
+        write_page(run.layout, read_record(run.layout.tiles) or report)
 
 
 def _stores(run: Run) -> dict[str, Path]:

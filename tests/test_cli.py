@@ -69,7 +69,7 @@ def test_one_bad_slide_is_a_row_and_exit_code_3(tmp_path):
     (tmp_path / "slides").mkdir()
     _picture(tmp_path / "slides" / "good.png")
     (tmp_path / "slides" / "bad.svs").write_bytes(b"no slide")
-    options = ["--mpp", "native", "--tile-px", "64", "--set", "tile.tissue.method=off"]
+    options = ["--mpp", "native", "--tile-px", "64", "--set", "tile.tissue.method=off", "--set", "tile.filters.max_pen=1"]
     done = _pathfm("tile", tmp_path / "slides", "--out", tmp_path / "out", *options)
     assert done.returncode == 3, done.stderr
     assert "failed  bad" in done.stderr
@@ -83,7 +83,7 @@ def test_same_picture_in_two_folders_keeps_two_names(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / "slides" / folder).mkdir(parents=True)
         _picture(tmp_path / "slides" / folder / "same.png")
-    options = ["--mpp", "native", "--tile-px", "64", "--set", "tile.tissue.method=off"]
+    options = ["--mpp", "native", "--tile-px", "64", "--set", "tile.tissue.method=off", "--set", "tile.filters.max_pen=1"]
     done = _pathfm("tile", tmp_path / "slides", "--out", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "out" / "tiles").glob("*/*.zarr"))

@@ -1,4 +1,5 @@
 import platform
+import re
 import tomllib
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_never_crashes_when_nothing_is_there(monkeypatch: pytest.MonkeyPatch) ->
 def test_extras_are_those_of_the_project() -> None:
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     declared = {
-        extra: tuple(sorted(line.partition(">")[0] for line in lines))
+        extra: tuple(sorted(re.split(r"[>\[]", line)[0] for line in lines))
         for extra, lines in project["optional-dependencies"].items()
         if extra != "dev"
     }

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from pathfm import workers
 from pathfm.errors import MissingMppError, PathfmError
-from pathfm.workers import InternalError, WorkerCrash, map_isolated, usable_cores
+from pathfm.workers import InternalError, ProcessName, WorkerCrash, map_isolated, usable_cores
 
 
 def misbehave(item):
@@ -83,6 +84,115 @@ def test_closing_the_iterator_ends_the_workers():
 
 def test_no_items_start_no_workers():
     assert list(map_isolated(misbehave, [], workers=4)) == []
+
+
+def test_items_are_drawn_only_when_a_worker_is_free():
+    drawn, handled = [], []
+
+    def source():
+        for number in range(7):
+            drawn.append(number)
+            yield number
+
+    for number, _ in map_isolated(misbehave, source(), workers=2):
+        assert len(drawn) - len(handled) <= 2
+        handled.append(number)
+        assert len(drawn) - len(handled) <= 1, "the next one is drawn after this one was handled"
+    assert sorted(handled) == drawn == list(range(7))
+
+
+def test_waiting_for_an_item_holds_up_no_result():
+    handled = threading.Event()
+
+    def source():
+        yield "a"
+        yield "segfault"
+        assert handled.wait(30), "the results of earlier items come while this one is waited for"
+        yield "b"
+
+    outcomes = {}
+    for item, outcome in map_isolated(misbehave, source(), workers=3):
+        outcomes[item] = outcome
+        if len(outcomes) == 2:
+            handled.set()
+    assert (outcomes["a"], outcomes["b"]) == ("done a", "done b")
+    assert isinstance(outcomes["segfault"], WorkerCrash)
+
+
+def test_an_item_times_out_while_the_next_is_waited_for():
+    handled = threading.Event()
+
+    def source():
+        yield "hang"
+        handled.wait(30)
+
+    ((_, outcome),) = (
+        (item, handled.set() or outcome) for item, outcome in map_isolated(misbehave, source(), 2, timeout_s=0.5)
+    )
+    assert "no result after 0.5 s" in str(outcome)
+
+
+def test_what_the_source_raises_is_raised_and_ends_the_workers():
+    def source():
+        yield "pid"
+        raise MissingMppError("no mpp")
+
+    running = map_isolated(misbehave, source(), workers=1)
+    _, pid = next(running)
+    with pytest.raises(MissingMppError, match="no mpp"):
+        next(running)
+    assert _gone(pid, within_s=5)
+
+
+def test_closing_does_not_wait_for_an_item_that_never_comes():
+    never, began = threading.Event(), threading.Event()
+
+    def source():
+        yield "a"
+        began.set()
+        never.wait()
+        yield "b"
+
+    running = map_isolated(misbehave, source(), workers=2)
+    assert next(running) == ("a", "done a")
+    assert began.wait(5)
+    running.close()
+    never.set()
+
+
+def test_many_items_in_few_workers_are_all_done_once():
+    items = [f"item {number}" for number in range(300)]
+    outcomes = list(map_isolated(misbehave, iter(items), workers=3))
+    assert sorted(item for item, _ in outcomes) == sorted(items)
+    assert all(outcome == f"done {item}" for item, outcome in outcomes)
+
+
+def test_the_name_of_a_process():
+    here = ProcessName.here()
+    assert ProcessName.parse(str(here)) == here
+    assert "." not in str(here) and len(str(here)) < 80
+    assert not here.has_ended
+    assert not here.of_earlier_boot
+    assert here._replace(pid=2**30).has_ended
+    assert here._replace(start=here.start + 1).has_ended
+    assert not here._replace(start=0).has_ended
+    assert not here._replace(boot="0", pid=2**30).has_ended
+    assert not here._replace(space="0", pid=2**30).has_ended
+    assert here._replace(boot="0").of_earlier_boot
+    assert not here._replace(boot="0", machine="0").of_earlier_boot
+    for text in ("", "123", "a-b-c-d-1", "a-b-c-d-1-2-3", "a-b-c-d-1-x", "a.b-b-c-d-1-2"):
+        assert ProcessName.parse(text) is None
+
+
+def test_a_killed_process_has_ended_before_anyone_collects_it():
+    code = "from pathfm.workers import ProcessName; print(ProcessName.here(), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        name = ProcessName.parse(process.stdout.readline().strip())
+        assert name.pid == process.pid
+        assert not name.has_ended
+        process.kill()
+        assert _gone(process.pid, within_s=5)
+        assert name.has_ended
 
 
 @pytest.mark.parametrize("how", ["file", "stdin"])

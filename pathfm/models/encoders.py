@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from pathfm.errors import UsageError
+from pathfm.store.commit import read_json
 from pathfm.study import ExtractSettings
 
 Pixels = npt.NDArray[np.uint8]
@@ -197,6 +198,19 @@ SCHEMES: dict[str, Callable[[str, int | None], nn.Module]] = {
     "local-dir": _from_folder,
     "untrained": _untrained,
 }
+
+
+def declared_input_px(name: str) -> int | None:
+    """The side [px] of the input that an encoder was trained with, as far as it is known without its weights."""
+    scheme, _, rest = name.partition(":")
+    if scheme in {"timm", "untrained"} and timm.is_model(rest):
+        model_config = timm.get_pretrained_cfg(rest)
+        return int(model_config.input_size[-1]) if model_config else None
+    config = Path(rest) / "config.json"
+    if scheme != "local-dir" or not config.is_file():
+        return None
+    size = read_json(config).get("pretrained_cfg", {}).get("input_size")
+    return int(size[-1]) if size else None
 
 
 def effective_mpp(mpp: float | None, tile_px: int, input_px: int) -> float | None:

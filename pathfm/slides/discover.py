@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pathfm.addresses import is_remote, public_name
 from pathfm.errors import UsageError
 from pathfm.slides.reader import dicom_files, is_tile_name
 from pathfm.slides.tile_folder import natural_order
@@ -58,6 +59,9 @@ def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False) -> Di
     ignored: list[Path] = []
     candidates: list[_Candidate] = []
     for source in sources:
+        if is_remote(source):
+            candidates.append(_Candidate(Path(source), Path(source).parent))
+            continue
         for path, base in _expand(Path(source)):
             if path.is_dir():
                 found = _tile_folders(path) if folder_of_tiles else _search(path, ignored)
@@ -151,6 +155,6 @@ def _id(candidate: _Candidate, *, keep_suffix: bool) -> str:
     path, base = candidate
     if path == base:
         return path.absolute().name
-    inner = path.relative_to(base)
+    inner = Path(Path(public_name(path)).name) if is_remote(path) else path.relative_to(base)
     named = inner if keep_suffix or path.is_dir() else inner.with_suffix("")
     return "__".join(named.parts)

@@ -7,15 +7,13 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pathfm.errors import UnreadableSlideError
 from pathfm.geometry import Mpp, Size
-from pathfm.slides.reader import Level, Pixels, SlideMetadata, checked_mpp, make_thumbnail, on_white, unreadable
+from pathfm.slides.reader import Level, Pixels, Region, SlideMetadata, SlideReader, checked_mpp, on_white, unreadable
 
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, MemoryError, struct.error, zlib.error)
 """What Pillow raises on damaged files (SyntaxError for a broken PNG)."""
@@ -26,13 +24,14 @@ MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 UM_PER_INCH = 25_400.0
 
 
-class ArrayReader:
+class ArrayReader(SlideReader):
     """A picture in memory as a slide with one level.
 
     Args:
         rgb: pixels [H, W, 3]; kept, not copied.
         mpp: micrometres per pixel, None when unknown.
         facts: metadata of the file it was read from; made from the array when absent.
+        profile: the file's colour profile.
 
     Raises:
         ValueError: not an RGB uint8 array.
@@ -40,36 +39,31 @@ class ArrayReader:
 
     name = "image"
 
-    def __init__(self, rgb: Pixels, mpp: Mpp | None = None, facts: SlideMetadata | None = None) -> None:
+    def __init__(
+        self, rgb: Pixels, mpp: Mpp | None = None, facts: SlideMetadata | None = None, profile: bytes | None = None
+    ) -> None:
         if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
             raise ValueError(f"an RGB uint8 array [H, W, 3] is needed, not {rgb.dtype} {rgb.shape}")
-        self._rgb = rgb
+        self._rgb, self._profile = rgb, profile
         size = Size(rgb.shape[1], rgb.shape[0])
         source = "array" if mpp else ""
         self.metadata = facts or SlideMetadata("array", mpp, source, None, (Level(size, 1.0),), size)
 
-    def read_region(self, x_level0: int, y_level0: int, level: int, size: Size) -> Pixels:
-        """See ``SlideReader.read_region``."""
+    def read(self, x: int, y: int, level: int, size: Size) -> Region:
+        """See ``SlideReader.read``."""
         full, _ = self.metadata.levels[level]
         canvas = np.full((size.height, size.width, 3), 255, dtype=np.uint8)
-        left, top = max(0, x_level0), max(0, y_level0)
-        right, bottom = min(full.width, x_level0 + size.width), min(full.height, y_level0 + size.height)
-        if left < right and top < bottom:
-            canvas[top - y_level0 : bottom - y_level0, left - x_level0 : right - x_level0] = self._rgb[top:bottom, left:right]
-        return canvas
+        left, top = max(0, x), max(0, y)
+        right, bottom = max(left, min(full.width, x + size.width)), max(top, min(full.height, y + size.height))
+        canvas[top - y : bottom - y, left - x : right - x] = self._rgb[top:bottom, left:right]
+        return Region(canvas, 1 - (right - left) * (bottom - top) / (size.width * size.height))
 
-    def thumbnail(self, longest_px: int) -> tuple[Pixels, float]:
-        """See ``make_thumbnail``."""
-        return make_thumbnail(self, longest_px)
+    def icc_profile(self) -> bytes | None:
+        """See ``SlideReader.icc_profile``."""
+        return self._profile
 
     def close(self) -> None:
         """Nothing to let go of."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def open_image(path: Path) -> ArrayReader | None:
@@ -84,14 +78,14 @@ def open_image(path: Path) -> ArrayReader | None:
         try:
             with Image.open(path) as image:
                 _check(image, path)
-                rgb, facts = _to_rgb(image), _metadata(image)
+                rgb, facts, profile = _to_rgb(image), _metadata(image), image.info.get("icc_profile")
         except UnidentifiedImageError:
             return None
         except Image.DecompressionBombError as error:
             raise _too_large(path) from error
         except PILLOW_ERRORS as error:
             raise unreadable(f"the picture cannot be decoded: {str(error)[:120] or type(error).__name__}", path) from error
-    return ArrayReader(rgb, facts=facts)
+    return ArrayReader(rgb, facts=facts, profile=profile)
 
 
 def _check(image: Image.Image, path: Path) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import openslide
 
-from pathfm.geometry import Size
-from pathfm.slides.reader import Level, Pixels, SlideMetadata, checked_mpp, make_thumbnail, on_white, unreadable
+from pathfm.geometry import Size, level_downsample, scale_point
+from pathfm.slides.reader import Level, Region, SlideMetadata, SlideReader, on_white, unreadable
+from pathfm.slides.scale import find_scale
 from pathfm.slides.tiff_reader import openslide_misreads
 
 OPENSLIDE_ERRORS = (openslide.OpenSlideError, OSError, ValueError, ctypes.ArgumentError)
 """ValueError and ArgumentError come from its bindings: names and sizes the C interface cannot take."""
 
 
-class OpenSlideReader:
+class OpenSlideReader(SlideReader):
     """A slide opened by OpenSlide.
 
     Args:
@@ -33,10 +33,12 @@ class OpenSlideReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._slide: openslide.OpenSlide | None = None
+        self._own = threading.local()
+        self._handles: list[openslide.OpenSlide] = []
         try:
-            self._slide = openslide.OpenSlide(path)
-            self.metadata = _metadata(self._slide)
+            slide = self._handle()
+            self.metadata = _metadata(slide)
+            self._downsamples = slide.level_downsamples
         except OPENSLIDE_ERRORS as error:
             self.close()
             raise unreadable(f"cannot be opened: {_reason(error, path)}", path) from error
@@ -44,36 +46,45 @@ class OpenSlideReader:
             self.close()
             raise unreadable("the image has no pixels", path)
 
-    def read_region(self, x_level0: int, y_level0: int, level: int, size: Size) -> Pixels:
-        """See ``SlideReader.read_region``."""
-        # A handle that failed once answers every later call with the same error, so the next read starts with a new one.
-        # A level that is not there would be drawn as empty by OpenSlide; it is a mistake of the caller.
-        self.metadata.levels[level]
-        try:
-            if self._slide is None:
-                self._slide = openslide.OpenSlide(self._path)
-            region = self._slide.read_region((x_level0, y_level0), level, (size.width, size.height))
-        except OPENSLIDE_ERRORS as error:
-            self.close()
-            place = f"the region at x={x_level0} y={y_level0} of level {level}"
-            raise unreadable(f"{place} cannot be decoded: {_reason(error, self._path)}", self._path) from error
-        return on_white(np.asarray(region))
+    def _handle(self) -> openslide.OpenSlide:
+        """This thread's handle. One that failed answers every later call with the same error, so each failure costs it."""
+        slide = getattr(self._own, "slide", None)
+        if slide is None:
+            slide = self._own.slide = openslide.OpenSlide(self._path)
+            self._handles.append(slide)
+        return slide
 
-    def thumbnail(self, longest_px: int) -> tuple[Pixels, float]:
-        """See ``make_thumbnail``."""
-        return make_thumbnail(self, longest_px)
+    def read(self, x: int, y: int, level: int, size: Size) -> Region:
+        """See ``SlideReader.read``."""
+        # A level that is not there would be drawn as empty by OpenSlide; it is a mistake of the caller.
+        corner = scale_point(x, y, self._downsamples[level])
+        try:
+            rgba = np.asarray(self._handle().read_region(corner, level, (size.width, size.height)))
+        except OPENSLIDE_ERRORS as error:
+            self._own.slide = None
+            place = f"the region at x={x} y={y} of level {level}"
+            raise unreadable(f"{place} cannot be decoded: {_reason(error, self._path)}", self._path) from error
+        return Region(on_white(rgba), float((rgba[..., 3] == 0).mean()))
+
+    def between_pixels(self, x: int, y: int, level: int) -> float:
+        """How far off a whole pixel of the level a region from there is drawn [px of the level].
+
+        OpenSlide is asked for places in whole level-0 pixels and divides them by the mean ratio of a level's sides.
+        """
+        downsample = self._downsamples[level]
+        corner = scale_point(x, y, downsample)
+        return max(abs(corner[0] / downsample - x), abs(corner[1] / downsample - y))
+
+    def icc_profile(self) -> bytes | None:
+        """See ``SlideReader.icc_profile``."""
+        profile: bytes | None = self._handle()._profile
+        return profile
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._slide is not None:
-            self._slide.close()
-            self._slide = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        while self._handles:
+            self._handles.pop().close()
+        self._own = threading.local()
 
 
 def open_with_openslide(path: Path) -> OpenSlideReader | None:
@@ -108,27 +119,20 @@ def _vendor(path: Path) -> str | None:
 def _metadata(slide: openslide.OpenSlide) -> SlideMetadata:
     """The allowed facts, and no others."""
     facts = slide.properties
-    x, y, objective = (_number(facts.get(key)) for key in ("openslide.mpp-x", "openslide.mpp-y", "openslide.objective-power"))
-    mpp, source = checked_mpp(x, y, "openslide.mpp-x")
-    sizes, downsamples = slide.level_dimensions, slide.level_downsamples
+    scale = find_scale(facts)
+    sizes = [Size(*size) for size in slide.level_dimensions]
     # The binding attaches the stored profile's bytes to every region; the public property would re-encode them.
     profile = slide._profile
     return SlideMetadata(
         vendor=facts.get("openslide.vendor", "unknown"),
-        mpp=mpp,
-        mpp_source=source,
-        objective=objective,
-        levels=tuple(Level(Size(*size), float(downsample)) for size, downsample in zip(sizes, downsamples, strict=True)),
-        size_level0=Size(*sizes[0]),
+        mpp=scale.mpp,
+        mpp_source=scale.source,
+        objective=scale.objective,
+        levels=tuple(Level(size, level_downsample(sizes[0], size)) for size in sizes),
+        size_level0=sizes[0],
         icc_sha256=hashlib.sha256(profile).hexdigest() if profile else None,
+        notes=scale.notes,
     )
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -1,8 +1,9 @@
 """What a slide reader is, which readers exist, and how a file finds its own.
 
 All readers give RGB pixels as they are stored: orientation tags and colour profiles are not applied, and what lies outside the
-scan (or is transparent) is white. Nothing of a file's metadata leaves a reader except the fields of ``SlideMetadata``: image
-descriptions, users, dates, barcodes and DICOM patient tags do not, and label and macro images are never opened.
+scan (or was left out by the scanner) is white, and said to be outside. Nothing of a file's metadata leaves a reader except the
+fields of ``SlideMetadata``: image descriptions, users, dates, barcodes and DICOM patient tags do not, and label and macro
+images are never opened.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ import hashlib
 import importlib
 import itertools
 import math
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from pathfm.addresses import is_remote, public_name
 from pathfm.errors import UnreadableSlideError
-from pathfm.geometry import Box, Mpp, Size, best_level, fit_within, mpp_is_sane, scale_point, tile_corners, tiles_along
+from pathfm.geometry import Box, Mpp, Size, best_level, fit_within, mpp_is_sane, tile_corners, tiles_along
+from pathfm.slides.scale import refusal
+from pathfm.slides.source import file_identity, open_source
 
 Pixels = npt.NDArray[np.uint8]
 """RGB [height, width, 3]."""
 
+DIRECT = "pathfm.slides.direct:read_directly"
+"""What makes a slide that one of these has opened faster to read, where that is proved to be the same."""
 READERS: dict[str, str] = {
     "openslide": "pathfm.slides.openslide_reader:open_with_openslide",
     "tiff": "pathfm.slides.tiff_reader:open_tiff",
@@ -39,9 +45,8 @@ NOT_DECODED = (205, 150, 185)
 """Colour of thumbnail places that cannot be decoded: that of tissue, so that no tile there is silently taken for glass."""
 THUMBNAIL_READ_PX = 1024
 """Side of the regions a thumbnail is put together from, which bounds its memory [px of the level read]."""
+NO_KIND = "not a slide or image of a known kind"
 TILE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
-SAMPLE_BYTES, SAMPLE_BLOCKS = 4096, 64
-"""A file's identity rests on its size, this many evenly spaced blocks, and a head and a tail as large as all of them."""
 
 
 class Level(NamedTuple):
@@ -49,6 +54,13 @@ class Level(NamedTuple):
 
     size: Size
     downsample: float
+
+
+class Region(NamedTuple):
+    """Pixels [h, w, 3] of a level, and the share of them that lies outside the scan (white)."""
+
+    pixels: Pixels
+    outside: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class SlideMetadata:
         levels: pyramid levels, finest first.
         size_level0: width and height [level-0 px].
         icc_sha256: hash of the embedded colour profile, None without one.
+        notes: what witnesses of the scale contradict each other about.
     """
 
     vendor: str
@@ -72,61 +85,81 @@ class SlideMetadata:
     levels: tuple[Level, ...]
     size_level0: Size
     icc_sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
 
-class SlideReader(Protocol):
-    """An open slide."""
+class SlideReader(ABC):
+    """An open slide. May be read from several threads at once."""
 
     name: str
-    """Key of the reader in ``READERS``."""
+    """How the slide is read: openslide, direct, tiff or image."""
+    metadata: SlideMetadata
+    """The slide's size, scale and levels."""
 
-    @property
-    def metadata(self) -> SlideMetadata:
-        """The slide's size, scale and levels."""
-        ...
-
-    def read_region(self, x_level0: int, y_level0: int, level: int, size: Size) -> Pixels:
-        """Pixels [size.height, size.width, 3] of a level, from a level-0 corner; white outside the scan.
+    @abstractmethod
+    def read(self, x: int, y: int, level: int, size: Size) -> Region:
+        """A region of a level from its upper left corner, all in pixels of that level.
 
         Raises:
             UnreadableSlideError: the data there cannot be decoded; the reader stays usable.
+            IndexError: there is no such level.
         """
-        ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file. Closing twice is allowed."""
+
+    def read_region(self, x: int, y: int, level: int, size: Size) -> Pixels:
+        """The pixels [size.height, size.width, 3] of ``read``; white outside the scan."""
+        return self.read(x, y, level, size).pixels
 
     def thumbnail(self, longest_px: int) -> tuple[Pixels, float]:
         """The whole slide with its longer side at most ``longest_px``, and its downsample; see ``make_thumbnail``."""
-        ...
+        return make_thumbnail(self, longest_px)
 
-    def close(self) -> None:
-        """Let go of the file. Closing twice is allowed."""
-        ...
+    def icc_profile(self) -> bytes | None:
+        """The embedded colour profile, for a transform to be made from; it is never stored."""
+        return None
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
-def open_slide(path: Path | str) -> SlideReader:
+def open_slide(path: Path | str, engine: Literal["auto", "openslide"] = "auto") -> SlideReader:
     """Open a slide with the first reader that knows its kind. A folder that holds a DICOM series is one slide.
+
+    Args:
+        path: a file, a folder with a DICOM series, or the address of a TIFF (http, https, s3, gs).
+        engine: auto: JPEG tiles are read directly where that is proved equal to OpenSlide; openslide: never.
 
     Raises:
         UnreadableSlideError: the file is absent, empty, damaged, or of no kind that can be read.
     """
-    path = Path(path)
-    file = _dicom_file(path) if path.is_dir() else path
-    _check_file(file)
-    for opener in READERS.values():
-        module, _, function = opener.partition(":")
-        open_file: Callable[[Path], SlideReader | None] = getattr(importlib.import_module(module), function)
-        reader = open_file(file)
+    path, remote = Path(path), is_remote(path)
+    file = _dicom_file(path) if not remote and path.is_dir() else path
+    if not remote:
+        _check_file(file)
+    for name, opener in READERS.items():
+        reader: SlideReader | None = _load(opener)(file) if not remote or name == "tiff" else None
         if reader is not None:
-            return reader
-    raise unreadable("not a slide or image of a known kind", path)
+            fast: SlideReader = _load(DIRECT)(reader, file) if engine == "auto" else reader
+            return fast
+    fix = "copy it here first, or set compute.cache_dir" if remote else ""
+    raise unreadable("not a TIFF, the only kind that is read from afar" if remote else NO_KIND, path, fix)
 
 
-def unreadable(what: str, path: Path, fix: str = "") -> UnreadableSlideError:
+def _load(place: str) -> Callable[..., Any]:
+    module, _, function = place.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def unreadable(what: str, path: Path | str, fix: str = "") -> UnreadableSlideError:
     """The error of a slide that cannot be used, with the advice that fits most."""
-    return UnreadableSlideError(what, where=str(path), fix=fix or "get a new copy of the file, or leave the slide out")
+    return UnreadableSlideError(what, where=public_name(path), fix=fix or "get a new copy of the file, or leave the slide out")
 
 
 def _dicom_file(folder: Path) -> Path:
@@ -172,7 +205,7 @@ def checked_mpp(x: float | None, y: float | None, source: str) -> tuple[Mpp | No
         return None, ""
     if mpp_is_sane(x) and mpp_is_sane(y):
         return Mpp(x, y), source
-    return None, f"{source} says {x:.4g}, which is no microscope's (a default resolution tag, or a label)"
+    return None, refusal(source, x)
 
 
 def on_white(rgba: Pixels) -> Pixels:
@@ -199,14 +232,13 @@ def make_thumbnail(reader: SlideReader, longest_px: int) -> tuple[Pixels, float]
     facts = reader.metadata
     size, downsample = fit_within(facts.size_level0, longest_px)
     level = best_level([each.downsample for each in facts.levels], downsample)
-    level_size, level_downsample = facts.levels[level]
+    level_size = facts.levels[level].size
     picture = np.full((size.height, size.width, 3), 255, dtype=np.uint8)
     boxes = list(_paired_blocks(level_size, size))
     failed = 0
     for source, target in boxes:
-        x, y = scale_point(source.left, source.top, level_downsample)
         try:
-            block = reader.read_region(x, y, level, source.size)
+            block = reader.read_region(source.left, source.top, level, source.size)
         except UnreadableSlideError:
             failed += 1
             if 2 * failed > len(boxes):
@@ -241,14 +273,16 @@ def _paired_edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple
 def slide_identity(path: Path) -> str:
     """SHA-256 of a slide's content, from samples: never of its path or times.
 
-    A file counts with its size, head, tail and 64 evenly spaced blocks; a folder with the relative names and identities of its
-    files; a MIRAX file with the folder beside it.
+    A file, near or far, counts with its size, head, tail and 64 evenly spaced blocks; a folder with the relative names and
+    identities of its files; a MIRAX file with the folder beside it.
 
     Raises:
         UnreadableSlideError: the file is absent or cannot be read.
     """
     companion = path.with_suffix("")
     digest = hashlib.sha256()
+    if is_remote(path):
+        return _file_identity(path)
     try:
         if path.suffix.lower() == ".mrxs" and companion.is_dir():
             digest.update((_file_identity(path) + _folder_identity(companion)).encode())
@@ -276,15 +310,5 @@ def _folder_identity(folder: Path, *, tiles_only: bool = False) -> str:
 
 
 def _file_identity(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        digest.update(size.to_bytes(8, "little"))
-        whole = SAMPLE_BYTES * SAMPLE_BLOCKS
-        samples = [(0, whole), (max(0, size - whole), whole)]
-        samples += [(size * index // SAMPLE_BLOCKS, SAMPLE_BYTES) for index in range(SAMPLE_BLOCKS)]
-        # A file no larger than its head is hashed once, whole.
-        for start, length in samples if size > whole else samples[:1]:
-            file.seek(start)
-            digest.update(file.read(length))
-    return digest.hexdigest()
+    with open_source(path) as source:
+        return file_identity(source)

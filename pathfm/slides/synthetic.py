@@ -19,12 +19,12 @@ import cv2
 import numpy as np
 
 from pathfm import jpeg
-from pathfm.geometry import Box, Size
+from pathfm.geometry import Box, Mpp, Size
 from pathfm.slides.reader import Pixels
 from pathfm.slides.synthetic_cells import Mask
 from pathfm.slides.synthetic_draw import Look, draw_block, make_look
 from pathfm.slides.synthetic_plan import PenColour, Plan, SyntheticSpec, make_plan
-from pathfm.slides.synthetic_tiff import PyramidWriter
+from pathfm.slides.synthetic_tiff import SlideWriter, TiffOptions
 
 VERSION = 1
 """Raised whenever the same spec draws another picture."""
@@ -80,10 +80,11 @@ def write_slide(path: Path, spec: SyntheticSpec, lesion_mask: Path | None = None
     masks: list[Pixels] = []
     lower = [_Lower(each, _lower_size(spec.size_px, each)) for each in _downsamples(spec.size_px)]
     temporary = path.with_name(f".{path.name}.part")
-    with PyramidWriter(temporary, TILE_PX) as tiff:
-        tiff.write_level(_level0_tiles(spec, lower, masks), spec.size_px, spec.mpp)
+    options = TiffOptions(tile_px=Size(TILE_PX, TILE_PX), mpp=Mpp(spec.mpp, spec.mpp), big=True)
+    with SlideWriter(temporary, options) as slide:
+        slide.write_level(_level0_tiles(spec, lower, masks), spec.size_px)
         for level in lower:
-            tiff.write_level(level.tiles, level.size, spec.mpp * level.downsample)
+            slide.write_level(level.tiles, level.size, level.downsample)
     mask = np.concatenate(masks)
     _, png = cv2.imencode(".png", mask)
     # The mask first: a slide that is there has its truth beside it.

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import struct
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import tifffile
 
-from pathfm.geometry import Box, Size, scale_point
-from pathfm.slides.reader import Level, Pixels, SlideMetadata, checked_mpp, make_thumbnail, on_white, unreadable
+from pathfm.geometry import Box, Size, level_downsample
+from pathfm.slides.reader import Level, Pixels, Region, SlideMetadata, SlideReader, on_white, unreadable
+from pathfm.slides.scale import find_scale
+from pathfm.slides.source import ByteSource, open_source
 
 # Its warnings quote tag values, and those may name a patient.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
@@ -52,9 +53,10 @@ INSTALL_CODECS = "pip install 'pathfm[formats]'"
 TIFF_MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 JPEG = {6, 7, 34892, 33007}
 """Compression codes of JPEG inside TIFF, whose tables stand in a tag of their own."""
-MICROMETRES = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3}
-UNIT_UM = {2: 25_400.0, 3: 10_000.0}
-"""Micrometres per TIFF resolution unit: inch, centimetre."""
+SEPARATE_PLANES = 2
+"""PlanarConfiguration: colours in planes of their own."""
+UNITS = {2: "inch", 3: "centimeter"}
+"""Names of TIFF's resolution units."""
 
 
 class Segment(NamedTuple):
@@ -65,8 +67,11 @@ class Segment(NamedTuple):
     box: Box
 
 
-class TiffReader:
+class TiffReader(SlideReader):
     """The first series of a TIFF, with its pyramid if it has one.
+
+    Args:
+        source: the file's bytes.
 
     Raises:
         UnreadableSlideError: the file is damaged, or not 8-bit RGB or grey.
@@ -74,58 +79,55 @@ class TiffReader:
 
     name = "tiff"
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, source: ByteSource) -> None:
+        self._source, self._lock = source, threading.Lock()
         self._cache: OrderedDict[tuple[int, int], Pixels | None] = OrderedDict()
         self._cached_bytes = 0
-        self._tiff: tifffile.TiffFile | None = None
+        # Stays open, since tifffile reads large tags when they are asked for.
+        self._file = source.open_file()
         try:
-            self._tiff = tifffile.TiffFile(path)
-            series = self._tiff.series[0]
+            tiff = tifffile.TiffFile(self._file, name=source.name)
+            series = tiff.series[0]
             problem = _problem(series)
             if not problem:
-                self._pages = [_full_page(level.keyframe) for level in series.levels]
-                self.metadata = _metadata(self._tiff, self._pages)
+                self.pages = [_full_page(level.keyframe) for level in series.levels]
+                self.metadata = _metadata(tiff, self.pages)
         except TIFF_ERRORS as error:
             self.close()
-            raise unreadable(f"not a TIFF that can be read: {_reason(error)}", path) from error
+            raise unreadable(f"not a TIFF that can be read: {_reason(error)}", source.name) from error
         if problem:
             self.close()
-            raise unreadable(problem, path, "convert it to an 8-bit RGB TIFF, tiled and pyramidal")
+            raise unreadable(problem, source.name, "convert it to an 8-bit RGB TIFF, tiled and pyramidal")
 
-    def read_region(self, x_level0: int, y_level0: int, level: int, size: Size) -> Pixels:
-        """See ``SlideReader.read_region``."""
-        level_size, downsample = self.metadata.levels[level]
-        left, top = scale_point(x_level0, y_level0, 1 / downsample)
-        wanted = Box(left, top, left + size.width, top + size.height)
-        page = self._pages[level]
+    def read(self, x: int, y: int, level: int, size: Size) -> Region:
+        """See ``SlideReader.read``."""
+        level_size, _ = self.metadata.levels[level]
+        wanted = Box(x, y, x + size.width, y + size.height)
+        page = self.pages[level]
         canvas = np.full((size.height, size.width, page.samplesperpixel), 255, dtype=np.uint8)
+        covered = 0
         for segment in _segments(page, level_size, wanted):
             try:
-                pixels = self._decode(level, segment.number)
+                with self._lock:
+                    pixels = self._decode(level, segment.number)
             except TIFF_ERRORS as error:
-                place = f"the region at x={x_level0} y={y_level0} of level {level}"
+                place = f"the region at x={x} y={y} of level {level}"
                 fix = INSTALL_CODECS if "imagecodecs" in str(error) and "requires" in str(error) else ""
-                raise unreadable(f"{place} cannot be decoded: {_reason(error)}", self._path, fix) from error
+                raise unreadable(f"{place} cannot be decoded: {_reason(error)}", self._source.name, fix) from error
             if pixels is not None:
-                _paste(canvas, wanted, pixels, segment)
-        return _to_rgb(canvas)
+                covered += _paste(canvas, wanted, pixels, segment)
+        planes = page.samplesperpixel if page.planarconfig == SEPARATE_PLANES else 1
+        return Region(_to_rgb(canvas), 1 - covered / (planes * size.width * size.height))
 
-    def thumbnail(self, longest_px: int) -> tuple[Pixels, float]:
-        """See ``make_thumbnail``."""
-        return make_thumbnail(self, longest_px)
+    def icc_profile(self) -> bytes | None:
+        """See ``SlideReader.icc_profile``."""
+        profile: bytes | None = self.pages[0].tags.valueof("InterColorProfile")
+        return profile
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._tiff is not None:
-            self._tiff.close()
-            self._tiff = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self._file.close()
+        self._source.close()
 
     def _decode(self, level: int, index: int) -> Pixels | None:
         """One strip or tile [h, w, samples], None when the file leaves it out; kept for the next region."""
@@ -133,7 +135,7 @@ class TiffReader:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        pixels = self._decode_afresh(self._pages[level], index)
+        pixels = self._decode_afresh(self.pages[level], index)
         self._cache[key] = pixels
         self._cached_bytes += pixels.nbytes if pixels is not None else 0
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -142,15 +144,10 @@ class TiffReader:
         return pixels
 
     def _decode_afresh(self, page: tifffile.TiffPage, index: int) -> Pixels | None:
-        if self._tiff is None:
-            raise ValueError("the reader is closed")
         length = page.databytecounts[index]
         if length == 0:
             return None
-        self._tiff.filehandle.seek(page.dataoffsets[index])
-        data = self._tiff.filehandle.read(length)
-        if len(data) < length:
-            raise ValueError("the file ends too early")
+        data = self._source.read_at(page.dataoffsets[index], length)
         tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
         decoded = page.decode(data, index, **tables)[0]
         if decoded is None:
@@ -165,8 +162,11 @@ def open_tiff(path: Path) -> TiffReader | None:
     Raises:
         UnreadableSlideError: the file is damaged, or not 8-bit RGB or grey.
     """
-    with path.open("rb") as file:
-        return TiffReader(path) if file.read(4) in TIFF_MAGIC else None
+    source = open_source(path)
+    if source.size < 4 or source.read_at(0, 4) not in TIFF_MAGIC:
+        source.close()
+        return None
+    return TiffReader(source)
 
 
 def openslide_misreads(path: Path) -> bool:
@@ -211,45 +211,29 @@ def _problem(series: tifffile.TiffPageSeries) -> str:
 
 def _metadata(tiff: tifffile.TiffFile, pages: list[tifffile.TiffPage]) -> SlideMetadata:
     """The allowed facts, and no others."""
-    first = pages[0]
-    full = Size(first.imagewidth, first.imagelength)
     sizes = [Size(page.imagewidth, page.imagelength) for page in pages]
-    downsamples = [(full.width / size.width + full.height / size.height) / 2 for size in sizes]
-    x, y, source = _ome_scale(tiff.ome_metadata or "") if tiff.is_ome else (None, None, "")
-    if x is None and y is None:
-        x, y, source = _tag_scale(first)
-    mpp, source = checked_mpp(x, y, source)
-    profile = first.tags.valueof("InterColorProfile")
+    scale = find_scale(_scale_facts(tiff, pages[0]))
+    profile = pages[0].tags.valueof("InterColorProfile")
     return SlideMetadata(
         vendor="ome-tiff" if tiff.is_ome else "tiff",
-        mpp=mpp,
-        mpp_source=source,
-        objective=None,
-        levels=tuple(Level(size, downsample) for size, downsample in zip(sizes, downsamples, strict=True)),
-        size_level0=full,
+        mpp=scale.mpp,
+        mpp_source=scale.source,
+        objective=scale.objective,
+        levels=tuple(Level(size, level_downsample(sizes[0], size)) for size in sizes),
+        size_level0=sizes[0],
         icc_sha256=hashlib.sha256(profile).hexdigest() if profile else None,
+        notes=scale.notes,
     )
 
 
-def _ome_scale(xml: str) -> tuple[float | None, float | None, str]:
-    """Scale of the first image in an OME description [um per px]; a regular expression needs no parser for foreign XML."""
-    values: list[float | None] = []
-    for axis in "XY":
-        value = re.search(rf'\bPhysicalSize{axis}="([0-9.eE+-]+)"', xml)
-        unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]*)"', xml)
-        factor = MICROMETRES.get(unit.group(1)) if unit else 1.0
-        values.append(float(value.group(1)) * factor if value and factor else None)
-    return values[0], values[1], "ome.PhysicalSizeX"
-
-
-def _tag_scale(page: tifffile.TiffPage) -> tuple[float | None, float | None, str]:
-    """Scale by the resolution tags [um per px]."""
-    unit = UNIT_UM.get(int(page.tags.valueof("ResolutionUnit", 2)))
-    values: list[float | None] = []
+def _scale_facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> dict[str, str]:
+    """What a TIFF says about its scale, for ``find_scale``."""
+    facts = {"tiff.ResolutionUnit": UNITS.get(int(page.tags.valueof("ResolutionUnit", 2)), "none")}
     for axis in "XY":
         over, under = page.tags.valueof(f"{axis}Resolution", (0, 1))
-        values.append(unit * under / over if unit and over else None)
-    return values[0], values[1], "tiff.XResolution"
+        facts[f"tiff.{axis}Resolution"] = str(over / under if under else 0)
+    description = tiff.ome_metadata if tiff.is_ome else page.description
+    return {**facts, "tiff.ImageDescription": description or ""}
 
 
 def _segments(page: tifffile.TiffPage, size: Size, wanted: Box) -> Iterator[Segment]:
@@ -258,7 +242,7 @@ def _segments(page: tifffile.TiffPage, size: Size, wanted: Box) -> Iterator[Segm
     across, down = -(-size.width // width), -(-size.height // height)
     columns = range(max(0, wanted.left // width), min(across, -(-wanted.right // width)))
     rows = range(max(0, wanted.top // height), min(down, -(-wanted.bottom // height)))
-    planes = range(page.samplesperpixel) if page.planarconfig == 2 else [None]
+    planes = range(page.samplesperpixel) if page.planarconfig == SEPARATE_PLANES else [None]
     for plane in planes:
         for row in rows:
             for column in columns:
@@ -267,13 +251,15 @@ def _segments(page: tifffile.TiffPage, size: Size, wanted: Box) -> Iterator[Segm
                 yield Segment(((plane or 0) * down + row) * across + column, plane, box)
 
 
-def _paste(canvas: Pixels, wanted: Box, pixels: Pixels, segment: Segment) -> None:
+def _paste(canvas: Pixels, wanted: Box, pixels: Pixels, segment: Segment) -> int:
+    """Puts a segment's pixels where they belong and tells how many were put."""
     box = segment.box
     left, top = max(box.left, wanted.left), max(box.top, wanted.top)
     right, bottom = min(box.right, wanted.right), min(box.bottom, wanted.bottom)
     part = pixels[top - box.top : bottom - box.top, left - box.left : right - box.left]
     channels = slice(None) if segment.plane is None else slice(segment.plane, segment.plane + 1)
     canvas[top - wanted.top : bottom - wanted.top, left - wanted.left : right - wanted.left, channels] = part
+    return int(part.shape[0] * part.shape[1])
 
 
 def _to_rgb(canvas: Pixels) -> Pixels:

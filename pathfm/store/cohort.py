@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pathfm.addresses import is_remote, placed, public_name
 from pathfm.config import bullet_list, did_you_mean
 from pathfm.errors import UsageError
 from pathfm.geometry import MPP_SANE, mpp_is_sane
@@ -67,7 +68,7 @@ def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = 
         raise UsageError("no slides are given", where="cohort", fix="set cohort.table=FILE.csv or cohort.slides=[FOLDER]")
     if find is None:
         raise TypeError("a cohort without a table needs a function that finds slides")
-    found = find([str(base / source) for source in settings.slides], settings.folder_of_tiles)
+    found = find([str(source if is_remote(source) else base / source) for source in settings.slides], settings.folder_of_tiles)
     rows = tuple(SlideRow(slide_id, path) for slide_id, path in sorted(found))
     if not rows:
         raise UsageError("no slides were found", where=", ".join(settings.slides), fix="check cohort.slides")
@@ -167,7 +168,7 @@ def _read_row(values: Mapping[str, str], line: int, folder: Path) -> tuple[Slide
     problems = [problem] if (problem := id_problem(values["slide_id"])) else []
     if values.get("patient_id") == "":
         problems.append("the patient_id is empty")
-    mpp, path, mask = _number(values.get("mpp", "")), folder / values["path"], values.get("lesion_mask", "")
+    mpp, path, mask = _number(values.get("mpp", "")), placed(folder, values["path"]), values.get("lesion_mask", "")
     if values.get("mpp") and (mpp is None or not mpp_is_sane(mpp)):
         problems.append(f"mpp {values['mpp']!r} must be a number from {MPP_SANE[0]} to {MPP_SANE[1]} micrometres per pixel")
     if not values["path"]:
@@ -199,7 +200,7 @@ def _number(text: str) -> float | None:
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
+        return is_remote(path) or path.exists()
     except (OSError, ValueError):  # a name that is too long, or that holds a NUL
         return False
 
@@ -221,7 +222,9 @@ def _clashes(rows: Iterable[SlideRow]) -> list[str]:
         )
         place = f"line {row.line}: " if row.line else ""
         origin = f" on line {other.line}" if other.line else ""
-        problems.append(f"{place}slide_id {row.slide_id!r} {same}: {row.path}, and{origin} {other.path}")
+        problems.append(
+            f"{place}slide_id {row.slide_id!r} {same}: {public_name(row.path)}, and{origin} {public_name(other.path)}"
+        )
     return problems
 
 

@@ -10,7 +10,9 @@ from pathfm.study import TileSettings
 
 def tile_spec(settings: TileSettings, digest: str) -> str:
     """The folder name of one way of tiling: ``224px-0.5mpp-3f9c``; changing a setting never overwrites earlier work."""
-    scale = "native" if settings.mpp == "native" else f"{settings.mpp:g}mpp"
+    several = settings.mpp if isinstance(settings.mpp, tuple) else (settings.mpp,)
+    scale = "+".join("native" if isinstance(mpp, str) else f"{mpp:g}" for mpp in several)
+    scale += "mpp" * (settings.mpp != "native")
     return f"{settings.tile_px}px-{scale}-{digest[:4]}"
 
 
@@ -39,6 +41,11 @@ class Layout:
     def store(self, slide_id: str) -> Path:
         """The tile store of a slide."""
         return self.tiles / f"{slide_id}.zarr"
+
+    def pictures(self, slide_id: str) -> tuple[Path, Path]:
+        """The overlay and the contact sheet of a slide."""
+        folder = self.tiles / "pictures"
+        return folder / f"{slide_id}.overlay.png", folder / f"{slide_id}.contact.jpg"
 
     def encoder(self, backbone: str, digest: str) -> Path:
         """The study's own encoder (checkpoints, teacher, untrained), one folder per fingerprint: no training is overwritten."""

@@ -82,11 +82,13 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def write_record(folder: Path, report: StageReport, settings: Settings, started: datetime.datetime | None = None) -> None:
-    """Writes ``folder/record.json``: outcomes, settings, versions, host and times."""
+def write_record(
+    folder: Path, report: StageReport, settings: Settings, started: datetime.datetime | None = None, shard: str = ""
+) -> None:
+    """Writes ``folder/record.json``: outcomes, settings, versions, host and times. Each shard has its own file."""
     now = datetime.datetime.now(datetime.UTC)
     write_json(
-        folder / "record.json",
+        folder / f"record{shard and '-' + shard.replace('/', '-of-')}.json",
         {
             "stage": report.stage,
             "note": report.note,
@@ -102,9 +104,8 @@ def write_record(folder: Path, report: StageReport, settings: Settings, started:
 
 
 def read_record(folder: Path) -> StageReport | None:
-    """The report kept in ``folder/record.json``, or None when there is none."""
-    path = folder / "record.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    return StageReport(content["stage"], tuple(Outcome(**row) for row in content["outcomes"]), content.get("note", ""))
+    """The report kept in ``folder/record.json`` and in the records of shards (newest last), or None when there is none."""
+    paths = sorted(folder.glob("record*.json"), key=lambda path: (path.stat().st_mtime, path.name))
+    contents = [read_json(path) for path in paths]
+    outcomes = {row["slide_id"]: Outcome(**row) for content in contents for row in content["outcomes"]}
+    return StageReport(contents[-1]["stage"], tuple(outcomes.values()), contents[-1].get("note", "")) if contents else None

@@ -19,13 +19,13 @@ from zarr.codecs import BytesCodec, ZstdCodec
 
 from pathfm import jpeg
 from pathfm.errors import StoreError
-from pathfm.geometry import Size
+from pathfm.geometry import Box, Size
 from pathfm.store import zarr_jpeg
 from pathfm.store.commit import read_json, recover
 from pathfm.store.shards import ShardReader, write_shard
 
 FORMAT = "pathfm-tile-store"
-VERSION = 1
+VERSION = 2
 ZSTD_LEVEL = 3
 Pixels = npt.NDArray[np.uint8]
 
@@ -34,9 +34,9 @@ zarr_jpeg.register()
 
 @dataclass(frozen=True)
 class TileCodec:
-    """How the pixels of a store are encoded."""
+    """How the pixels of a store are encoded; ``none``: they stay in the slide."""
 
-    name: Literal["jpeg", "zstd"] = "jpeg"
+    name: Literal["jpeg", "zstd", "none"] = "jpeg"
     quality: int = 90
 
     def encode(self, tile: Pixels) -> bytes:
@@ -104,7 +104,14 @@ class TileStoreWriter:
         """Adds one tile [tile_px, tile_px, 3]."""
         if tile.shape != (self._tile_px, self._tile_px, 3):
             raise ValueError(f"tile of shape {tile.shape}, expected {self._tile_px} px squares")
-        self._pending.append(self._codec.encode(tile))
+        self.append_encoded(self._codec.encode(tile), xy_level0, quality, source_name)
+
+    def append_encoded(
+        self, data: bytes, xy_level0: tuple[int, int], quality: Sequence[float] = (), source_name: str = ""
+    ) -> None:
+        """Adds one tile as bytes of the store's codec (empty when pixels stay in the slide)."""
+        if self._codec.name != "none":
+            self._pending.append(data)
         self._xy.append(xy_level0)
         self._quality.append(quality)
         self._names.append(source_name)
@@ -116,28 +123,42 @@ class TileStoreWriter:
         self._written += 1
         self._pending = []
 
-    def finish(self, info: TileStoreInfo, thumbnail: Pixels) -> None:
-        """Writes what is pending, the small arrays and the metadata. An uncommitted folder is not yet a store."""
+    def __len__(self) -> int:
+        return len(self._xy)
+
+    def finish(self, info: TileStoreInfo, thumbnail: Pixels | None) -> None:
+        """Writes what is pending, the small arrays and the metadata. An uncommitted folder is not yet a store.
+
+        Args:
+            info: becomes the group's attributes.
+            thumbnail: RGB picture of the slide; None for further resolutions of a store, which share it.
+        """
         if self._pending:
             self._flush()
         group = zarr.open_group(self._folder, mode="a", attributes={"pathfm": self._attributes(info)}, zarr_format=3)
-        side, serializer, compressors = self._tile_px, BytesCodec(), (ZstdCodec(level=ZSTD_LEVEL),)
+        if self._codec.name != "none":
+            self._create_tiles(group)
+        quality = np.asarray(self._quality, dtype=np.float32).reshape(len(self._xy), len(info.quality_names))
+        _whole(group, "xy_level0", np.asarray(self._xy, dtype=np.int64).reshape(-1, 2))
+        _whole(group, "quality", quality)
+        if thumbnail is not None:
+            _whole(group, "thumbnail", thumbnail)
+        if any(self._names):
+            _whole(group, "source_names", np.frombuffer("\0".join(self._names).encode(), dtype=np.uint8))
+
+    def _create_tiles(self, group: zarr.Group) -> None:
+        """Metadata of the array of pixels, whose shards are there already."""
+        side, jpegs = self._tile_px, self._codec.name == "jpeg"
         group.create_array(
             "tiles",
             shape=(len(self._xy), side, side, 3),
             chunks=(1, side, side, 3),
             shards=(self._slots, side, side, 3),
             dtype="uint8",
-            serializer=zarr_jpeg.JpegCodec(self._codec.quality) if self._codec.name == "jpeg" else serializer,
-            compressors=() if self._codec.name == "jpeg" else compressors,
+            serializer=zarr_jpeg.JpegCodec(self._codec.quality) if jpegs else BytesCodec(),
+            compressors=() if jpegs else (ZstdCodec(level=ZSTD_LEVEL),),
             fill_value=0,
         )
-        quality = np.asarray(self._quality, dtype=np.float32).reshape(len(self._xy), len(info.quality_names))
-        _whole(group, "xy_level0", np.asarray(self._xy, dtype=np.int64).reshape(-1, 2))
-        _whole(group, "quality", quality)
-        _whole(group, "thumbnail", thumbnail)
-        if any(self._names):
-            _whole(group, "source_names", np.frombuffer("\0".join(self._names).encode(), dtype=np.uint8))
 
     def _attributes(self, info: TileStoreInfo) -> dict[str, Any]:
         return {
@@ -153,6 +174,7 @@ class TileStoreWriter:
             "thumbnail_downsample": info.thumbnail_downsample,
             "coords": "synthetic" if info.coords_synthetic else "level0",
             "codec": self._codec.name,
+            "has_pixels": self._codec.name != "none",
             "jpeg_quality": self._codec.quality if self._codec.name == "jpeg" else None,
             "shard_tiles": self._slots,
             "tiles": len(self._xy),
@@ -187,6 +209,7 @@ class TileStore:
         self.quality_names = tuple(attrs["quality_names"])
         self.thumbnail_downsample: float = attrs["thumbnail_downsample"]
         self.coords_synthetic: bool = attrs["coords"] == "synthetic"
+        self.has_pixels: bool = attrs.get("has_pixels", True)
         self._codec = TileCodec(attrs["codec"], attrs["jpeg_quality"] or 90)
         self._shards = ShardReader(path / "tiles", attrs["shard_tiles"])
 
@@ -195,12 +218,35 @@ class TileStore:
 
     def __getitem__(self, index: int) -> Pixels:
         """Tile ``index`` as RGB [tile_px, tile_px, 3]."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"tile {index} of {len(self)}")
         try:
-            return self._codec.decode(self._shards.read(index), self.tile_px)
+            return self._codec.decode(self.encoded(index), self.tile_px)
         except (ValueError, RuntimeError) as error:
             raise StoreError(f"tile {index} is damaged", where=str(self.path), fix="delete the store and tile again") from error
+
+    def encoded(self, index: int) -> bytes:
+        """Tile ``index`` as it is stored: a JPEG image, or zstd data.
+
+        Raises:
+            StoreError: the tile is damaged, or pixels stayed in the slide.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"tile {index} of {len(self)}")
+        if not self.has_pixels:
+            fix = "tile with another tile.codec than none"
+            raise StoreError("the store has coordinates only", where=str(self.path), fix=fix)
+        return self._shards.read(index)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The resolutions [um per px] of a store that has several; ``open_tiles(path, mpp)`` opens one."""
+        return tuple(self.attrs.get("scales", ()))
+
+    def overlapping(self, box_level0: Box) -> npt.NDArray[np.int64]:
+        """Numbers of the tiles that share pixels with a rectangle of the slide: how tiles of another resolution are found."""
+        left, top = self.xy_level0.T
+        right, bottom = left + self.tile_side_level0, top + self.tile_side_level0
+        inside = (left < box_level0.right) & (right > box_level0.left) & (top < box_level0.bottom) & (bottom > box_level0.top)
+        return np.flatnonzero(inside)
 
     def read(self, indices: Sequence[int]) -> Pixels:
         """Tiles by number as one array [n, tile_px, tile_px, 3]."""
@@ -235,6 +281,8 @@ class TileStore:
     @cached_property
     def thumbnail(self) -> Pixels:
         """RGB picture of the whole slide."""
+        if "scale_of" in self.attrs:
+            return open_tiles(self.path.parent).thumbnail
         return self._array("thumbnail").astype(np.uint8)
 
     @cached_property
@@ -248,11 +296,15 @@ class TileStore:
         return open_tiles, (self.path,)
 
 
-def open_tiles(path: Path | str) -> TileStore:
-    """Opens a tile store.
+def open_tiles(path: Path | str, mpp: float | None = None) -> TileStore:
+    """Opens a tile store, or one resolution of it.
+
+    Args:
+        path: the store.
+        mpp: as the settings asked for it [um per px]; None: the first.
 
     Raises:
-        StoreError: absent, damaged, foreign, or written by a newer pathfm.
+        StoreError: absent, damaged, foreign, or written by a newer pathfm; or without this resolution.
     """
     path = Path(path)
     recover(path)
@@ -266,7 +318,18 @@ def open_tiles(path: Path | str) -> TileStore:
         raise StoreError(
             f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm"
         )
-    return TileStore(path, attrs)
+    scales = list(attrs.get("scales", ()))
+    if mpp is None or scales[:1] == [mpp]:
+        return TileStore(path, attrs)
+    if mpp not in scales:
+        has = ", ".join(f"{scale:g}" for scale in scales) or "one resolution"
+        raise StoreError(f"no tiles of {mpp:g} mpp", where=str(path), fix=f"it has {has}")
+    return open_tiles(path / scale_group(mpp))
+
+
+def scale_group(mpp: float) -> str:
+    """Name of the group of a further resolution inside its store."""
+    return f"{mpp:g}mpp"
 
 
 def write_tiles(

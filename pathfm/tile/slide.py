@@ -1,9 +1,9 @@
-"""One slide -> one tile store."""
+"""One slide -> one tile store, with an overlay and a contact sheet."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,229 +11,214 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pathfm.errors import MissingMppError, SlideError, UnreadableSlideError
+from pathfm import jpeg
+from pathfm.errors import UnreadableSlideError
 from pathfm.faults import crash_point
-from pathfm.geometry import Mpp, Size, fit_within
-from pathfm.slides.reader import SlideReader, is_tile_folder, open_slide
-from pathfm.slides.tile_folder import TileFolder
-from pathfm.store.cohort import SlideRow
-from pathfm.store.commit import commit_dir
-from pathfm.store.mosaic import MosaicCanvas, mosaic_corners
-from pathfm.store.tile_store import TileCodec, TileStoreInfo, TileStoreWriter
+from pathfm.geometry import Size, fit_within
+from pathfm.slides.reader import SlideMetadata, SlideReader, is_tile_folder, open_slide
+from pathfm.slides.tile_reading import coincides, read_tiles
+from pathfm.store.commit import commit_dir, commit_file
+from pathfm.store.tile_store import TileCodec, TileStore, TileStoreInfo, TileStoreWriter, open_tiles, scale_group
 from pathfm.study import TileSettings
-from pathfm.tile.grid import Grid, plan_grid
-from pathfm.tile.quality import Quality, measure, perceptual_hash
-from pathfm.tile.tissue import mask_fractions, tissue_mask
+from pathfm.tile.colour import StainVectors, estimate_stains, icc_to_srgb, make_normaliser
+from pathfm.tile.finish import KEPT, NO_TISSUE, UNREADABLE, Finisher, counted, why_empty
+from pathfm.tile.folder import tile_folder
+from pathfm.tile.grid import Grid
+from pathfm.tile.pictures import contact_sheet, overlay, png_bytes, sample_evenly
+from pathfm.tile.quality import perceptual_hash
+from pathfm.tile.scene import Scale, Scene, look, slide_grids, slide_scale
+from pathfm.tile.task import Made, TileTask, check_unreadable
 
 Pixels = npt.NDArray[np.uint8]
 
-ASSUMED = "assumed"
+CONTACT_TILES, SHEET_QUALITY = 16, 85
+INKY = "most tiles have the colour of pen ink; if that is the stain, set tile.filters.max_pen=1"
 
 
-class Made(NamedTuple):
-    """What came of a slide: counts by reason, and why nothing was kept (else empty)."""
+class _Slide(NamedTuple):
+    """An open slide and everything that was decided before its tiles are read."""
 
+    reader: SlideReader
+    task: TileTask
+    scale: Scale
+    scene: Scene
+    recolour: tuple[Callable[[Pixels], Pixels], ...]
+    stains: StainVectors | None
+    notes: tuple[str, ...]
+
+    @property
+    def facts(self) -> SlideMetadata:
+        return self.reader.metadata
+
+
+class _Scale(NamedTuple):
+    """One resolution, written: the fate of every tile of its grid, counts of them, and why nothing was kept."""
+
+    grid: Grid
+    fates: npt.NDArray[np.str_]
     counts: dict[str, int]
     empty_reason: str
 
 
-class Target(NamedTuple):
-    """Where a store goes and what it depends on."""
-
-    store: Path
-    identity: str
-    fingerprints: tuple[str, str]
-
-    def fingerprint(self, mpp_source: str) -> str:
-        """The fingerprint that holds for this source of the mpp."""
-        return self.fingerprints[mpp_source == ASSUMED]
-
-
-def tile_slide(row: SlideRow, settings: TileSettings, store: Path, identity: str, fingerprints: tuple[str, str]) -> Made:
-    """Writes the tile store of one slide, whole or not at all.
+def tile_slide(task: TileTask, check: Callable[[], None] | None = None) -> Made:
+    """Writes the tile store of one slide, whole or not at all, and its pictures.
 
     Args:
-        row: the slide.
-        settings: the stage's settings.
-        store: where the store goes.
-        identity: hash of the slide file.
-        fingerprints: what the store depends on: when the slide's own mpp is used, and when the assumed one is.
+        task: the slide, the settings, and where everything goes.
+        check: called right before the store appears; what it raises keeps it from appearing.
 
     Raises:
         SlideError: the slide cannot be used, with the reason.
     """
-    target = Target(store, identity, fingerprints)
-    if is_tile_folder(row.path):
-        return _tile_folder(row, settings, target)
-    with open_slide(row.path) as reader:
-        return _tile_glass(reader, row, settings, target)
+    if is_tile_folder(task.path):
+        return tile_folder(task, check)
+    with open_slide(task.path, task.settings.reader) as reader:
+        slide = _prepared(reader, task)
+        asked = _asked(task.settings)
+        grids = slide_grids(slide.facts, slide.scale.mpp, task.row, task.settings)
+        with commit_dir(task.store, check) as folder:
+            groups = ["", *(scale_group(each) for each in asked[1:])]
+            scales = [_write_scale(slide, grid, folder, group) for grid, group in zip(grids, groups, strict=True)]
+            _draw(slide, scales[0], folder)
+            crash_point("tile.before_commit")
+        counts = dict(scales[0].counts)
+        for scale, each in zip(scales[1:], asked[1:], strict=True):
+            counts[f"{KEPT} at {each:g} mpp"] = scale.counts[KEPT]
+        return Made(counts, scales[0].empty_reason)
 
 
-def _tile_glass(reader: SlideReader, row: SlideRow, settings: TileSettings, target: Target) -> Made:
-    facts = reader.metadata
-    mpp, source = _slide_mpp(reader, row, settings)
-    grid = plan_grid(facts.size_level0, tuple(level.downsample for level in facts.levels), mpp, settings)
-    thumbnail, downsample = reader.thumbnail(settings.tissue.thumbnail_px)
-    mask = tissue_mask(thumbnail, mpp.mean * downsample if mpp else None, settings.tissue)
-    share = mask_fractions(mask, grid.boxes(downsample))
-    chosen = np.flatnonzero(share >= settings.tissue.min_fraction)
-    counts: Counter[str] = Counter({"grid": len(share), "no tissue": len(share) - len(chosen), "kept": 0})
-    with commit_dir(target.store) as folder:
-        writer = _writer(folder, settings)
-        for index in chosen:
-            tile = _read(reader, grid, int(index), settings.tile_px, counts)
-            if tile is None:
-                continue
-            quality = measure(tile, float(share[index]))
-            if _passes(quality, settings, counts):
-                x, y = (int(value) for value in grid.corners_level0[index])
-                writer.append(tile, (x, y), quality)
-            crash_point("tile.tile")
-        _check_unreadable(counts, len(chosen), settings)
-        reason = _empty_reason(counts, facts.size_level0, grid, settings)
-        kept_size, _ = fit_within(Size(thumbnail.shape[1], thumbnail.shape[0]), settings.keep_thumbnail_px)
-        picture = cv2.resize(thumbnail, tuple(kept_size), interpolation=cv2.INTER_AREA)
-        allowed = {
-            "vendor": facts.vendor,
-            "objective": facts.objective,
-            "icc_sha256": facts.icc_sha256,
-            "reader": reader.name,
-            "slide_mpp": list(mpp) if mpp else None,
-        }
-        extra = {"identity": target.identity, **allowed, "mpp_source": source, "read_level": grid.level}
-        info = TileStoreInfo(
-            slide_id=row.slide_id,
-            fingerprint=target.fingerprint(source),
-            tile_px=settings.tile_px,
-            mpp=grid.mpp,
-            tile_side_level0=grid.side_level0[0],
-            size_level0=facts.size_level0,
-            quality_names=Quality._fields,
-            thumbnail_downsample=facts.size_level0.width / kept_size.width,
-            extra=_extra(extra, counts, reason, picture),
-        )
-        writer.finish(info, picture)
-    return Made(dict(counts), reason)
+def _asked(settings: TileSettings) -> tuple[Any, ...]:
+    return settings.mpp if isinstance(settings.mpp, tuple) else (settings.mpp,)
 
 
-def _writer(folder: Path, settings: TileSettings) -> TileStoreWriter:
-    return TileStoreWriter(folder, TileCodec(settings.codec, settings.jpeg_quality), settings.tile_px, settings.shard_tiles)
+def _prepared(reader: SlideReader, task: TileTask) -> _Slide:
+    """Scale, tissue and colours, decided on the thumbnail."""
+    settings = task.settings
+    scale = slide_scale(reader.metadata, task.row, settings)
+    scene = look(reader, scale.mpp, task.row, settings)
+    profile = reader.icc_profile() if settings.colour.icc else None
+    recolour = [icc_to_srgb(profile)] if profile else []
+    coloured = recolour[0](scene.thumbnail) if recolour else scene.thumbnail
+    normaliser = make_normaliser(settings.colour, coloured, scene.mask)
+    recolour += [normaliser] if normaliser else []
+    notes = scale.notes
+    if settings.colour.normalise != "none" and normaliser is None:
+        notes += ("too little tissue, or one stain alone: colours are not normalised",)
+    return _Slide(reader, task, scale, scene, tuple(recolour), estimate_stains(coloured, scene.mask), notes)
 
 
-def _extra(base: dict[str, Any], counts: Counter[str], reason: str, picture: Pixels) -> dict[str, Any]:
-    return {**base, "counts": dict(counts), "empty_reason": reason, "perceptual_hash": perceptual_hash(picture)}
-
-
-def _slide_mpp(reader: SlideReader, row: SlideRow, settings: TileSettings) -> tuple[Mpp | None, str]:
-    """Micrometres per pixel and where they come from: the cohort table, the file, or the assumption, in this order."""
-    if row.mpp:
-        return Mpp(row.mpp, row.mpp), "cohort table"
-    facts = reader.metadata
-    if facts.mpp:
-        return facts.mpp, facts.mpp_source
-    if settings.assume_mpp:
-        return Mpp(settings.assume_mpp, settings.assume_mpp), ASSUMED
-    if settings.mpp == "native":
-        return None, "unknown"
-    found = f" ({facts.mpp_source})" if facts.mpp_source else ""
-    raise MissingMppError(f"no mpp in the file{found}", fix="set `mpp` for it in the cohort table or pass `--assume-mpp`")
-
-
-def _read(reader: SlideReader, grid: Grid, index: int, side: int, counts: Counter[str]) -> Pixels | None:
-    """One tile at the wanted scale, None when its region cannot be decoded (counted, never filled in)."""
-    x, y = (int(value) for value in grid.corners_level0[index])
-    try:
-        region = reader.read_region(x, y, grid.level, grid.read_px)
-    except UnreadableSlideError:
-        counts["unreadable"] += 1
-        return None
-    if region.shape[:2] == (side, side):
-        return region
-    resized: Pixels = cv2.resize(region, (side, side), interpolation=cv2.INTER_AREA)
-    return resized
-
-
-def _passes(quality: Quality, settings: TileSettings, counts: Counter[str]) -> bool:
-    if quality.white > settings.max_white:
-        counts["white"] += 1
-    elif quality.black > settings.max_black:
-        counts["black"] += 1
-    else:
-        counts["kept"] += 1
-        return True
-    return False
-
-
-def _check_unreadable(counts: Counter[str], wanted: int, settings: TileSettings) -> None:
-    if counts["unreadable"] > settings.max_unreadable * wanted:
-        raise UnreadableSlideError(
-            f"{counts['unreadable']} of {wanted} tiles cannot be decoded", fix="get a new copy of the slide or rescan it"
-        )
-
-
-def _empty_reason(counts: Counter[str], size: Size, grid: Grid, settings: TileSettings) -> str:
-    """Why a slide gave no tile, or nothing when it gave some."""
-    if counts["kept"]:
-        return ""
-    side = f"{grid.side_level0[0]:.0f} x {grid.side_level0[1]:.0f}"
-    if not counts["grid"]:
-        return f"slide of {size.width} x {size.height} px is smaller than one tile ({side} level-0 px at {settings.mpp} mpp)"
-    dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name not in {"grid", "kept"} and count)
-    return f"no tile of {counts['grid']} was kept: {dropped}"
-
-
-def _tile_folder(row: SlideRow, settings: TileSettings, target: Target) -> Made:
-    """A folder of pre-cut tiles: pixels as they are, a mosaic for coordinates, file names for truth tables."""
-    folder = TileFolder(row.path)
-    corners = mosaic_corners(len(folder), settings.tile_px)
-    canvas = MosaicCanvas(len(folder), settings.tile_px)
-    counts: Counter[str] = Counter({"files": len(folder), "kept": 0})
-    with commit_dir(target.store) as temporary:
-        writer = _writer(temporary, settings)
-        for name, tile in _folder_tiles(folder, settings, counts):
-            quality = measure(tile, 1.0)
-            if _passes(quality, settings, counts):
-                index = counts["kept"] - 1
-                x, y = (int(value) for value in corners[index])
-                writer.append(tile, (x, y), quality, name)
-                canvas.paste(index, tile)
-            crash_point("tile.tile")
-        _check_unreadable(counts, len(folder), settings)
-        reason = "" if counts["kept"] else f"no tile of {len(folder)} was kept"
-        mpp = row.mpp or settings.assume_mpp
-        size = Size(*(int(value) + settings.tile_px for value in corners.max(axis=0))) if len(folder) else Size(0, 0)
-        source = "cohort table" if row.mpp else ASSUMED if mpp else "unknown"
-        extra = {"identity": target.identity, "reader": "tile folder", "mpp_source": source}
-        info = TileStoreInfo(
-            slide_id=row.slide_id,
-            fingerprint=target.fingerprint(source),
-            tile_px=settings.tile_px,
-            mpp=mpp,
-            tile_side_level0=float(settings.tile_px),
-            size_level0=size,
-            quality_names=Quality._fields,
-            thumbnail_downsample=canvas.downsample,
-            coords_synthetic=True,
-            extra=_extra(extra, counts, reason, canvas.picture),
-        )
-        writer.finish(info, canvas.picture)
-    return Made(dict(counts), reason)
-
-
-def _folder_tiles(folder: TileFolder, settings: TileSettings, counts: Counter[str]) -> Iterator[tuple[str, Pixels]]:
-    """The readable tiles of the wanted size; the others are counted, and a folder of another size altogether is refused."""
-    sides: Counter[tuple[int, int]] = Counter()
-    for name in folder.names:
-        try:
-            tile = folder.read(name)
-        except UnreadableSlideError:
-            counts["unreadable"] += 1
+def _write_scale(slide: _Slide, grid: Grid, root: Path, group: str) -> _Scale:
+    """Reads, filters and stores the tiles of one resolution, in a store's folder or a group inside it."""
+    reader, task, settings = slide.reader, slide.task, slide.task.settings
+    folder = root / group
+    share = slide.scene.tissue(grid)
+    fates = np.where(share >= settings.tissue.min_fraction, KEPT, NO_TISSUE).astype("<U16")
+    chosen = [int(index) for index in np.flatnonzero(fates == KEPT)]
+    codec = TileCodec("jpeg" if settings.codec == "auto" else settings.codec, settings.jpeg_quality)
+    finish = Finisher(settings, codec, share, slide.recolour)
+    passing = settings.codec == "auto" and not slide.recolour and len(grid) > 0 and coincides(reader, grid.cut)
+    pixels = settings.filters.measure or (settings.codec != "none" and not passing)
+    folder.mkdir(exist_ok=True)
+    writer = TileStoreWriter(folder, codec, grid.cut.side, settings.shard_tiles)
+    for index, result in read_tiles(reader, grid.cut, chosen, finish, threads=task.threads, pixels=pixels, stored=passing):
+        if isinstance(result, UnreadableSlideError):
+            fates[index] = UNREADABLE
             continue
-        sides[tile.shape[1], tile.shape[0]] += 1
-        if tile.shape[:2] == (settings.tile_px, settings.tile_px):
-            yield name, tile
-        else:
-            counts["other size"] += 1
-    if sides and (settings.tile_px, settings.tile_px) not in sides:
-        width, height = sides.most_common(1)[0][0]
-        raise SlideError(f"tiles are {width} x {height} px, not {settings.tile_px}", fix=f"set tile.tile_px={width}")
+        fates[index] = result.fate
+        if result.fate == KEPT:
+            x, y = (int(value) for value in grid.corners_level0[index])
+            writer.append_encoded(result.data, (x, y), result.quality)
+        crash_point("tile.tile")
+    counts = counted(fates.tolist())
+    check_unreadable(counts.get(UNREADABLE, 0), len(chosen), settings)
+    scale = _Scale(grid, fates, counts, why_empty(counts, _nothing_fits(slide.facts.size_level0, grid, settings)))
+    info = TileStoreInfo(
+        slide_id=task.row.slide_id,
+        fingerprint=task.fingerprint(slide.scale.source),
+        tile_px=grid.cut.side,
+        mpp=grid.mpp,
+        tile_side_level0=grid.side_level0[0],
+        size_level0=slide.facts.size_level0,
+        quality_names=finish.quality_names,
+        thumbnail_downsample=slide.scene.downsample,
+        extra={
+            "counts": counts,
+            "empty_reason": scale.empty_reason,
+            "read_level": grid.cut.level,
+            "read_shrink": grid.cut.shrink,
+            "passed_through": passing,
+            "reader": reader.name,
+        },
+    )
+    if group:
+        writer.finish(replace(info, extra={**(info.extra or {}), "scale_of": task.row.slide_id}), None)
+        return scale
+    writer.finish(*_with_slide(info, slide))
+    return scale
+
+
+def _with_slide(info: TileStoreInfo, slide: _Slide) -> tuple[TileStoreInfo, Pixels]:
+    """The attributes of a whole store, and the thumbnail that it keeps."""
+    facts, stains, mpp, task = slide.facts, slide.stains, slide.scale.mpp, slide.task
+    picture, downsample = _small(slide)
+    about = {
+        "identity": task.identity,
+        "vendor": facts.vendor,
+        "objective": facts.objective,
+        "icc_sha256": facts.icc_sha256,
+        "icc_applied": task.settings.colour.icc and facts.icc_sha256 is not None,
+        "slide_mpp": list(mpp) if mpp else None,
+        "mpp_source": slide.scale.source,
+        "notes": [*slide.notes, *_inky(info)],
+        "stains": stains.as_dict() if stains else None,
+        "scales": list(_asked(task.settings)) if len(_asked(task.settings)) > 1 else [],
+        "perceptual_hash": perceptual_hash(picture),
+    }
+    return replace(info, thumbnail_downsample=downsample, extra={**(info.extra or {}), **about}), picture
+
+
+def _inky(info: TileStoreInfo) -> list[str]:
+    """A note for a slide that lost most of its tissue to the pen filter: a whole stain may have the colour of ink."""
+    counts = (info.extra or {})["counts"]
+    return [INKY] if counts.get("pen", 0) > counts[KEPT] else []
+
+
+def _small(slide: _Slide) -> tuple[Pixels, float]:
+    """The thumbnail that is kept, and its downsample."""
+    thumbnail = slide.scene.thumbnail
+    size, _ = fit_within(Size(thumbnail.shape[1], thumbnail.shape[0]), slide.task.settings.keep_thumbnail_px)
+    picture = cv2.resize(thumbnail, tuple(size), interpolation=cv2.INTER_AREA)
+    return np.asarray(picture), slide.facts.size_level0.width / size.width
+
+
+def _nothing_fits(size: Size, grid: Grid, settings: TileSettings) -> str:
+    side = f"{grid.side_level0[0]:.0f} x {grid.side_level0[1]:.0f}"
+    return f"slide of {size.width} x {size.height} px is smaller than one tile ({side} level-0 px at {settings.mpp} mpp)"
+
+
+def _draw(slide: _Slide, scale: _Scale, folder: Path) -> None:
+    """Writes the overlay and the contact sheet of the first resolution."""
+    if slide.task.pictures is None:
+        return
+    grid, mpp = scale.grid, slide.scale.mpp
+    boxes = np.concatenate([grid.corners_level0, grid.corners_level0 + np.array(grid.side_level0)], axis=1)
+    thumbnail, downsample = _small(slide)
+    picture = overlay(thumbnail, downsample, slide.scene.mask, boxes, scale.fates.tolist(), mpp.mean if mpp else None)
+    tiles = dict(_sample(slide.reader, scale, open_tiles(folder)))
+    captions = ["{}, {}".format(*(int(value) for value in grid.corners_level0[index])) for index in tiles]
+    sheet = contact_sheet(list(tiles.values()), captions, mpp=grid.mpp)
+    for path, data in zip(slide.task.pictures, (png_bytes(picture), jpeg.encode(sheet, SHEET_QUALITY)), strict=True):
+        with commit_file(path) as temporary:
+            temporary.write_bytes(data)
+
+
+def _sample(reader: SlideReader, scale: _Scale, store: TileStore) -> Iterator[tuple[int, Pixels]]:
+    """A few kept tiles spread over the slide, by their number in the grid."""
+    kept = [int(index) for index in np.flatnonzero(scale.fates == KEPT)]
+    rows = sample_evenly(len(kept), CONTACT_TILES)
+    if store.has_pixels:
+        yield from ((kept[row], store[row]) for row in rows)
+        return
+    for index, pixels in read_tiles(reader, scale.grid.cut, [kept[row] for row in rows], lambda _, tile: tile.pixels):
+        if isinstance(pixels, np.ndarray):
+            yield index, pixels

@@ -144,7 +144,7 @@ def test_a_patients_name_in_dicom_never_comes_out(shared_data, tmp_path):
         data = pydicom.dcmread(path)
         data.PatientName = data.PatientID = data.AccessionNumber = SECRET[:16]
         data.save_as(tmp_path / "slides" / "series" / path.name)
-    options = ["--mpp", "native", "--tile-px", "16", "--set", "tile.tissue.method=off", "--set", "tile.max_white=1.0"]
+    options = ["--mpp", "native", "--tile-px", "16", "--set", "tile.tissue.method=off", "--set", "tile.filters.max_white=1.0"]
     code, out, err = run("tile", tmp_path / "slides", "--out", tmp_path / "out", *options)
     assert code == 0, err
     assert all(SECRET[:16].encode() not in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())

@@ -1,6 +1,7 @@
 """What every reader must do, whatever stands behind it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import tifffile
 from PIL import Image
 
 from pathfm.geometry import Mpp, Size
+from pathfm.jpeg import decode
 from pathfm.slides.image_reader import ArrayReader
 from pathfm.slides.reader import READERS, SlideMetadata, SlideReader, open_slide, slide_identity
+from pathfm.slides.synthetic_tiff import TiffOptions, encode_tiles, write_pyramid
 
 WIDTH, HEIGHT, MPP = 300, 200, 0.25
 PER_CM = 10_000 / MPP
@@ -95,12 +98,49 @@ def jpeg(folder: Path):
     return open_slide(path), np.asarray(Image.open(path))
 
 
+def direct(folder: Path, options: TiffOptions):
+    """A slide of JPEG tiles, and its pixels as OpenSlide (or, where that knows it not, the decoder alone) reads them."""
+    path = folder / "direct.tiff"
+    write_pyramid(path, [picture()], options)
+    reader = open_slide(path)
+    assert reader.name == "direct"
+    tiles = [decode(tile) for tile in encode_tiles(picture(), replace(options, shared_tables=False))]
+    columns, (width, height) = -(-WIDTH // 64), (64, 64)
+    whole = np.zeros((256, 64 * columns, 3), np.uint8)
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        whole[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
+    return reader, whole[:HEIGHT, :WIDTH]
+
+
+def direct_generic(folder: Path):
+    return direct(folder, TiffOptions(tile_px=Size(64, 64), colour="444", quality=98, mpp=Mpp(MPP, MPP), comment=PATIENT))
+
+
+def direct_aperio(folder: Path):
+    options = TiffOptions("aperio", Size(64, 64), "444", 98, shared_tables=True, mpp=Mpp(MPP, MPP), comment=PATIENT)
+    return direct(folder, options)
+
+
+def direct_big_endian(folder: Path):
+    options = TiffOptions(tile_px=Size(64, 64), colour="444", quality=98, byte_order="big", mpp=Mpp(MPP, MPP))
+    return direct(folder, options)
+
+
+def direct_ome(folder: Path):
+    return direct(folder, TiffOptions("ome", Size(64, 64), "444", 98, mpp=Mpp(MPP, MPP), comment=PATIENT))
+
+
 def array(folder: Path):
     return ArrayReader(picture(), Mpp(MPP, MPP)), picture()
 
 
 BUILDERS: dict[str, Callable[[Path], tuple[SlideReader, np.ndarray]]] = {
     "openslide": tiled_tiff,
+    "direct generic": direct_generic,
+    "direct aperio": direct_aperio,
+    "direct big-endian": direct_big_endian,
+    "direct ome": direct_ome,
     "tiff strips": strip_tiff,
     "tiff plain": plain_tiff,
     "tiff planar": planar_tiff,
@@ -187,7 +227,7 @@ def test_scale(case):
 
 def test_nothing_but_the_allowed_fields_leaves_a_reader(case):
     _, reader, _ = case
-    allowed = {"vendor", "mpp", "mpp_source", "objective", "levels", "size_level0", "icc_sha256"}
+    allowed = {"vendor", "mpp", "mpp_source", "objective", "levels", "size_level0", "icc_sha256", "notes"}
     assert set(SlideMetadata.__dataclass_fields__) == allowed == set(vars(reader.metadata))
     told = repr(reader.metadata) + repr({key: value for key, value in vars(type(reader)).items() if not callable(value)})
     assert "Roe" not in told
@@ -197,7 +237,7 @@ def test_nothing_but_the_allowed_fields_leaves_a_reader(case):
 
 def test_the_reader_is_named(case):
     _, reader, _ = case
-    assert reader.name in READERS
+    assert reader.name in {*READERS, "direct"}
 
 
 def test_closing_twice(case):

@@ -1,0 +1,151 @@
+"""Many slides, several at a time, beside other machines that do the same: leases, cache, worker processes, events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import cv2
+
+from pathfm.errors import PathfmError, StoreError
+from pathfm.events import Events
+from pathfm.log import get_log, track
+from pathfm.slides.cache import SlideCache
+from pathfm.store.lease import LeaseLostError, Leases
+from pathfm.store.record import Outcome, library_versions
+from pathfm.store.tile_store import open_tiles
+from pathfm.study import Study
+from pathfm.tile.slide import tile_slide
+from pathfm.tile.task import TileTask
+from pathfm.workers import InternalError, map_isolated, usable_cores
+
+STAGE = "tile"
+
+log = get_log(__name__)
+
+
+class _Worked(NamedTuple):
+    """What a worker tells of a slide, and how long it took [s]."""
+
+    outcome: Outcome
+    seconds: float
+
+
+class Batch:
+    """Makes the stores of slides, each in a worker process and by one machine alone.
+
+    Args:
+        study: how many workers, the cache, the time limit.
+        folder: of the stores, leases and events.
+        outcomes: gets the outcome of every slide.
+    """
+
+    def __init__(self, study: Study, folder: Path, outcomes: dict[str, Outcome]) -> None:
+        self._compute, self._folder, self._outcomes = study.compute, folder, outcomes
+        self._workers = study.compute.workers or usable_cores()
+        self._stack = ExitStack()
+        self._lost: list[TileTask] = []
+
+    def __enter__(self) -> Self:
+        self._events = self._stack.enter_context(Events(self._folder))
+        place, size = self._compute.cache_dir, self._compute.cache_gb
+        # Before the leases, so that it ends after them: its thread may be waiting for one.
+        self._cache = self._stack.enter_context(SlideCache(place, size, self._workers)) if place else None
+        self._leases = self._stack.enter_context(Leases(self._compute.lease_s))
+        self._leases.sweep(self._folder)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def make(self, tasks: Sequence[TileTask]) -> None:
+        """Works off the tasks; slides that others hold come last, and count as kept when those have made them."""
+        started = time.monotonic()
+        shard = {"shard": self._compute.shard} if self._compute.shard else {}
+        self._events.write("run_started", stage=STAGE, versions=library_versions(), slides=len(tasks), **shard)
+        try:
+            self._work_off(tasks, self._cache)
+            # Who took a lease over has mostly made the slide by now.
+            lost, self._lost = self._lost, []
+            if lost:
+                self._work_off(lost, None)
+            self._leases.sweep(self._folder)
+        except StoreError as error:
+            # The folder cannot be written any more: what is made stays made, the rest says why it is not.
+            for task in tasks:
+                self._outcomes.setdefault(task.row.slide_id, Outcome(task.row.slide_id, "failed", error.reason))
+        self._events.write("run_ended", stage=STAGE, seconds=round(time.monotonic() - started, 3))
+
+    def _work_off(self, tasks: Sequence[TileTask], cache: SlideCache | None) -> None:
+        workers = min(self._workers, len(tasks))
+        threads = max(1, (self._compute.threads or usable_cores()) // workers)
+        ready = self._leased([replace(task, threads=threads) for task in tasks])
+        if cache is not None:
+            ready = (replace(task, local=local) for task, local in cache.ahead(ready, lambda task: task.row.path))
+        results = map_isolated(_work, ready, workers, self._compute.slide_timeout_s or None)
+        for task, result in track(results, STAGE, len(tasks)):
+            if cache is not None:
+                cache.done(task.path)
+            self._take_note(task, result)
+
+    def _leased(self, tasks: Sequence[TileTask]) -> Iterator[TileTask]:
+        for task, lease in self._leases.each(tasks, lambda task: task.store, lambda task: is_made(task, self._outcomes)):
+            self._events.write("slide_started", stage=STAGE, slide_id=task.row.slide_id)
+            yield replace(task, lease=lease)
+
+    def _take_note(self, task: TileTask, result: _Worked | PathfmError) -> None:
+        if task.lease is not None:
+            task.lease.release()
+        if isinstance(result, LeaseLostError):
+            self._lost.append(replace(task, lease=None, local=None))
+            return
+        if isinstance(result, InternalError):
+            log.error("%s: %s", task.row.slide_id, result.traceback)
+        if isinstance(result, PathfmError):
+            result = _Worked(Outcome(task.row.slide_id, "failed", result.reason), 0.0)
+        outcome = result.outcome
+        self._outcomes[outcome.slide_id] = outcome
+        log.info("%s", describe(outcome))
+        about = {"seconds": round(result.seconds, 3), "counts": dict(outcome.counts), "reason": outcome.reason}
+        self._events.write(f"slide_{outcome.status}", stage=STAGE, slide_id=outcome.slide_id, **about)
+
+
+def describe(outcome: Outcome) -> str:
+    """One status line."""
+    counts = ", ".join(f"{name} {value}" for name, value in outcome.counts.items())
+    return f"{outcome.slide_id}: {outcome.status}" + (
+        f" ({outcome.reason})" if outcome.reason else f" [{counts}]" if counts else ""
+    )
+
+
+def is_made(task: TileTask, outcomes: dict[str, Outcome]) -> bool:
+    """Whether a slide's store is there and up to date; if so, its outcome is noted."""
+    try:
+        store = open_tiles(task.store)
+    except StoreError:
+        return False
+    if store.fingerprint not in task.fingerprints:
+        return False
+    reason = store.attrs.get("empty_reason", "")
+    slide_id = task.row.slide_id
+    outcomes[slide_id] = Outcome(slide_id, "empty" if reason else "kept", reason, store.attrs.get("counts", {}))
+    return True
+
+
+def _work(task: TileTask) -> _Worked:
+    """Tiles one slide, in a worker process."""
+    cv2.setNumThreads(1)  # the slides are the parallelism, and inside a slide our own threads
+    started, slide_id = time.monotonic(), task.row.slide_id
+    try:
+        counts, reason = tile_slide(task, task.lease.check if task.lease else None)
+        outcome = Outcome(slide_id, "empty" if reason else "done", reason, counts)
+    except LeaseLostError:
+        raise
+    except PathfmError as error:
+        outcome = Outcome(slide_id, "failed", error.reason)
+    return _Worked(outcome, time.monotonic() - started)

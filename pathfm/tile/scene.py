@@ -1,0 +1,102 @@
+"""A slide at low power: its scale, its tissue, its grids. What tiling and the check before it decide on, in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pathfm.errors import MissingMppError, SlideError
+from pathfm.geometry import Mpp
+from pathfm.slides.reader import SlideMetadata, SlideReader
+from pathfm.store.cohort import SlideRow
+from pathfm.store.interop import find_coords, read_coords
+from pathfm.study import TileSettings
+from pathfm.tile.annotations import apply_annotations, load_annotations
+from pathfm.tile.grid import Grid, grid_at, plan_grids
+from pathfm.tile.task import ASSUMED
+from pathfm.tile.tissue import Mask, mask_fractions, tissue_mask
+
+Pixels = npt.NDArray[np.uint8]
+
+SAME_MPP = 0.02
+"""The cohort table and the file may differ by this share in the mpp before it is worth a note."""
+
+
+class Scale(NamedTuple):
+    """Micrometres per level-0 pixel, where they come from, and what contradicts them."""
+
+    mpp: Mpp | None
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+class Scene(NamedTuple):
+    """A slide at low power: thumbnail [h, w, 3] and its downsample, tissue mask [h, w]."""
+
+    thumbnail: Pixels
+    downsample: float
+    mask: Mask
+
+    def tissue(self, grid: Grid) -> npt.NDArray[np.float32]:
+        """Share of each tile of a grid that is tissue [N]."""
+        return mask_fractions(self.mask, grid.cells / self.downsample)
+
+
+def slide_scale(facts: SlideMetadata, row: SlideRow, settings: TileSettings) -> Scale:
+    """Micrometres per pixel: of the cohort table, the file, or the assumption, in this order.
+
+    Raises:
+        MissingMppError: none of them says it, and the tiles need it.
+    """
+    notes = facts.notes
+    if row.mpp:
+        if facts.mpp and abs(row.mpp / facts.mpp.mean - 1) > SAME_MPP:
+            notes += (f"the cohort table says {row.mpp:.4g} mpp, the file {facts.mpp.mean:.4g}",)
+        return Scale(Mpp(row.mpp, row.mpp), "cohort table", notes)
+    if facts.mpp:
+        return Scale(facts.mpp, facts.mpp_source, notes)
+    if settings.assume_mpp:
+        return Scale(Mpp(settings.assume_mpp, settings.assume_mpp), ASSUMED, notes)
+    if settings.mpp == "native":
+        return Scale(None, "unknown", notes)
+    found = f" ({facts.mpp_source})" if facts.mpp_source else ""
+    raise MissingMppError(f"no mpp in the file{found}", fix="set `mpp` for it in the cohort table or pass `--assume-mpp`")
+
+
+def look(reader: SlideReader, mpp: Mpp | None, row: SlideRow, settings: TileSettings) -> Scene:
+    """The slide at low power, and its tissue by the settings and the slide's annotations.
+
+    Raises:
+        SlideError: no picture can be made, or its tissue cannot be told.
+    """
+    thumbnail, downsample = reader.thumbnail(settings.tissue.thumbnail_px)
+    mask = tissue_mask(thumbnail, mpp.mean * downsample if mpp else None, settings.tissue)
+    drawn = annotation_file(row, settings)
+    if drawn is not None:
+        mask = apply_annotations(mask, load_annotations(drawn), downsample, settings.tissue)
+    return Scene(thumbnail, downsample, mask)
+
+
+def annotation_file(row: SlideRow, settings: TileSettings) -> Path | None:
+    """The slide's file of annotated regions, if there is one."""
+    file = settings.tissue.annotations / f"{row.slide_id}.geojson" if settings.tissue.annotations else None
+    return file if file is not None and file.is_file() else None
+
+
+def slide_grids(facts: SlideMetadata, mpp: Mpp | None, row: SlideRow, settings: TileSettings) -> list[Grid]:
+    """The grids of all wanted resolutions, or the tiles that another tool chose.
+
+    Raises:
+        SlideError: tiles would be finer than the slide, or another tool's file is absent.
+        StoreError: that file cannot be read.
+    """
+    if settings.coords is None:
+        return plan_grids(facts.levels, mpp, settings)
+    file = find_coords(settings.coords, row.slide_id)
+    if file is None:
+        raise SlideError("no file of coordinates for this slide", where=str(settings.coords), fix="check tile.coords")
+    theirs = read_coords(file, mpp)
+    return [grid_at(facts.levels, mpp, theirs.xy_level0, theirs.side_level0, settings)]
