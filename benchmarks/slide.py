@@ -17,8 +17,10 @@ import openslide
 import tifffile
 
 from benchmarks.measure import Options, Table
+from pathfm.errors import PathfmError
 from pathfm.geometry import Box, Mpp, Size, fit_within
 from pathfm.jpeg import Pixels
+from pathfm.slides.reader import open_slide
 from pathfm.slides.synthetic_draw import draw_block, make_look
 from pathfm.slides.synthetic_plan import SyntheticSpec, make_plan
 from pathfm.slides.synthetic_tiff import (
@@ -151,6 +153,10 @@ def real_slides(options: Options) -> list[Path]:
 def _has_jpeg_tiles(path: Path) -> bool:
     try:
         with tifffile.TiffFile(path) as tiff:
-            return bool(tiff.pages[0].is_tiled and tiff.pages[0].compression == 7)
-    except (tifffile.TiffFileError, OSError):
+            if not (tiff.pages[0].is_tiled and tiff.pages[0].compression == 7):
+                return False
+        with open_slide(path, "openslide") as slide:
+            slide.thumbnail(256)
+        return True
+    except (tifffile.TiffFileError, OSError, PathfmError):
         return False

@@ -29,6 +29,8 @@ mil_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Slide classifiers: train with honest folds, or predict new slides."
 )
 app.add_typer(mil_app, name="mil")
+export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tiles in the formats of other programs.")
+app.add_typer(export_app, name="export")
 
 StudyArgument = Annotated[
     Path, typer.Argument(help="A study file (YAML), or the output folder of an earlier `pathfm tile`.", metavar="STUDY")
@@ -149,6 +151,18 @@ def demo(
     from pathfm.demo import run_demo
 
     _finish(run_demo(out, settings or []))
+
+
+@export_app.command("tiles")
+def export_tiles(
+    source: Annotated[Path, typer.Argument(help="A study file, an output folder, a folder of tile stores, or one store.")],
+    out: Annotated[Path, typer.Option(help="Where the files go.")],
+    format: Annotated[str, typer.Option(help="png, jpeg, webdataset, clam, trident or geojson.")] = "png",
+) -> None:
+    """Write tiles, or where they lie, as other programs read them. Example: pathfm export tiles out --format trident --out t"""
+    from pathfm import tiling
+
+    _finish(tiling.export(source, format, out))
 
 
 @app.command()

@@ -45,7 +45,7 @@ class TissueSettings(Settings):
     """How tissue is told from glass on a low-power thumbnail."""
 
     method: Literal["otsu", "entropy", "off"] = "otsu"
-    """otsu: optical density and saturation; entropy: local texture, for pale tissue; off: keep everything."""
+    """otsu: stain density and texture; entropy: texture alone, for pale tissue; off: keep everything."""
     min_fraction: Fraction = 0.5
     """Smallest share of a tile that must be tissue for the tile to be kept."""
     min_area_um2: NonNegative = 20_000.0

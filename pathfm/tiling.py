@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pathfm.errors import ExitCode, MissingExtraError, StoreError
-from pathfm.log import get_log, say, track
+from pathfm.errors import ExitCode, MissingExtraError, StoreError, UsageError
+from pathfm.log import get_log, say, status, track
 from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study
 from pathfm.workers import usable_cores
-from pathfm.workflow import begin
+from pathfm.workflow import begin, open_study
 
 if TYPE_CHECKING:
     from pathfm.report.tiles_page import TilesRow
@@ -80,3 +81,37 @@ def _row(layout: Layout, outcome: Outcome) -> TilesRow:
         overlay=overlay,
         contact=contact,
     )
+
+
+def export(source: Path, format: str, out: Path) -> ExitCode:
+    """``pathfm export tiles``: stores in another program's format; one bad store does not stop the others.
+
+    Raises:
+        UsageError: an unknown format, or no tile store in the source.
+    """
+    from pathfm.store.export import FORMATS, export_stores
+
+    if format not in FORMATS:
+        raise UsageError(f"unknown format {format!r}", where="--format", fix=f"one of {', '.join(FORMATS)}")
+    stores = _stores_in(source)
+    outcomes = tuple(track(export_stores(stores, out, format), "export", len(stores)))
+    for outcome in outcomes:
+        if outcome.status != "done":
+            status(outcome.slide_id, outcome.status, outcome.reason)
+    report = StageReport("export", outcomes)
+    say(f"export: {', '.join(f'{number} {name}' for name, number in sorted(report.statuses.items()))} in {out}")
+    return report.exit_code
+
+
+def _stores_in(source: Path) -> list[Path]:
+    """One store, the stores of a folder, or those of a study's last tiling."""
+    if source.suffix == ".zarr":
+        return [source]
+    if source.is_dir() and (found := sorted(source.glob("*.zarr"))):
+        return found
+    run = begin(open_study(source))
+    stores = [run.layout.store(row.slide_id) for row in run.cohort.rows]
+    present = [store for store in stores if store.is_dir()]
+    if not present:
+        raise UsageError("no tile stores", where=str(source), fix="run `pathfm tile` first")
+    return present

@@ -216,7 +216,7 @@ def run_tiling(run: Run) -> None:
     report = run_tile(run.study, run.cohort, run.layout)
     run.note(report)
     run.stores = None
-    if not report.did_nothing:
+    if not report.did_nothing or not (run.layout.tiles / "index.html").is_file():
         from pathfm.tiling import write_page
 
         write_page(run.layout, read_record(run.layout.tiles) or report)

@@ -20,7 +20,7 @@ from pathfm.geometry import Box, Size
 from pathfm.log import get_log
 from pathfm.slides.openslide_reader import OpenSlideReader
 from pathfm.slides.reader import Pixels, Region, SlideReader, unreadable
-from pathfm.slides.source import ByteSource, open_source
+from pathfm.slides.source import ByteSource, LostSourceError, open_source
 from pathfm.slides.stored import StoredLevel, matching_pages, stored_levels
 from pathfm.slides.tiff_reader import TIFF_ERRORS, TiffReader
 
@@ -50,7 +50,7 @@ class DirectReader(SlideReader):
     name = "direct"
 
     def __init__(self, reference: SlideReader, stored: list[StoredLevel | None], source: ByteSource) -> None:
-        self.metadata, self.stored = reference.metadata, stored
+        self.metadata, self.stored, self.is_remote = reference.metadata, stored, source.is_remote
         self._reference, self._source = reference, source
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int], Pixels | None] = OrderedDict()
@@ -62,8 +62,12 @@ class DirectReader(SlideReader):
         if stored is None:
             return self._reference.read(x, y, level, size)
         box = Box(x, y, x + size.width, y + size.height)
+        numbers = stored.numbers(box, 1)
+        stored.fetch(number for number in numbers if (level, number) not in self._cache)
         try:
-            tiles = {number: self._decoded(level, number) for number in stored.numbers(box, 1)}
+            tiles = {number: self._decoded(level, number) for number in numbers}
+        except LostSourceError:
+            raise
         except DAMAGED as error:
             place = f"the region at x={x} y={y} of level {level}"
             raise unreadable(f"{place} cannot be decoded: {damage(error)}", self._source.name) from error
@@ -128,31 +132,47 @@ def assemble(stored: StoredLevel, shrink: int, box: Box, tiles: Mapping[int, Pix
 
 
 def read_directly(reference: SlideReader, path: Path) -> SlideReader:
-    """The slide with its JPEG tiles read directly, or the reference itself where that is impossible or not the same."""
-    if isinstance(reference, TiffReader):
-        source = open_source(path)
-        direct = DirectReader(reference, stored_levels(reference.pages, source), source)
-    elif reference.metadata.vendor in VENDORS:
-        source = open_source(path)
-        try:
-            with source.open_file() as file, tifffile.TiffFile(file, name=source.name) as tiff:
-                pages = matching_pages(tiff, [level.size for level in reference.metadata.levels])
-                direct = DirectReader(reference, stored_levels(pages, source), source)
-        except TIFF_ERRORS:
-            source.close()
-            return reference
-    else:
+    """The slide with its JPEG tiles read directly, or the reference itself where that is impossible or not the same.
+
+    Raises:
+        UnreadableSlideError: the directory of the tiles is damaged.
+    """
+    if not isinstance(reference, TiffReader) and reference.metadata.vendor not in VENDORS:
         return reference
-    if direct.stored[0] is None:
+    source = open_source(path)
+    try:
+        stored = _stored(reference, source)
+    except UnreadableSlideError:
+        reference.close()
+        source.close()
+        raise
+    direct = DirectReader(reference, stored, source)
+    if not stored or stored[0] is None:
         source.close()
         return reference
-    for level, stored in enumerate(direct.stored):
-        difference = _difference(direct, reference, level) if stored is not None else ""
+    for level in range(len(stored)):
+        difference = _difference(direct, reference, level) if stored[level] is not None else ""
         if difference:
-            log.warning("%s: read by %s, not directly: %s", Path(source.name).name, reference.name, difference)
+            _log_fallback(reference, source, difference)
             source.close()
             return reference
     return direct
+
+
+def _stored(reference: SlideReader, source: ByteSource) -> list[StoredLevel | None]:
+    """How each level is stored; nothing for a file whose directories cannot be parsed."""
+    if isinstance(reference, TiffReader):
+        return stored_levels(reference.pages, source)
+    try:
+        with source.open_file() as file, tifffile.TiffFile(file, name=source.name) as tiff:
+            return stored_levels(matching_pages(tiff, [level.size for level in reference.metadata.levels]), source)
+    except TIFF_ERRORS as error:
+        _log_fallback(reference, source, f"its directories cannot be parsed ({type(error).__name__})")
+        return []
+
+
+def _log_fallback(reference: SlideReader, source: ByteSource, why: str) -> None:
+    log.warning("%s: read by %s, not directly: %s", Path(source.name).name, reference.name, why)
 
 
 def _difference(direct: DirectReader, reference: SlideReader, level: int) -> str:
@@ -166,6 +186,8 @@ def _difference(direct: DirectReader, reference: SlideReader, level: int) -> str
         try:
             ours = direct.read(box.left, box.top, level, box.size).pixels
             theirs = reference.read(box.left, box.top, level, box.size).pixels
+        except LostSourceError:
+            raise
         except UnreadableSlideError:
             continue
         compared += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
+import re
 import threading
 from pathlib import Path
 
@@ -136,5 +138,8 @@ def _metadata(slide: openslide.OpenSlide) -> SlideMetadata:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """OpenSlide's own words in one line, without the path that ours start with."""
-    return " ".join(str(error).replace(f"Reading {path}: ", "").split())
+    """OpenSlide's own words in one line, without folders (it may speak of another file of a series), and without what it quotes
+    in brackets, which may be identifiers."""
+    words = str(error).replace(f"Reading {path}: ", "").replace(f": {path}", "").replace(f"{path.parent}{os.sep}", "")
+    printable = "".join(letter if letter.isprintable() else " " for letter in re.sub(r" \([^)]*\)", "", words))
+    return " ".join(printable.split())

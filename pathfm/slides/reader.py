@@ -46,6 +46,8 @@ NOT_DECODED = (205, 150, 185)
 THUMBNAIL_READ_PX = 1024
 """Side of the regions a thumbnail is put together from, which bounds its memory [px of the level read]."""
 NO_KIND = "not a slide or image of a known kind"
+THUMBNAIL_BLOCKS = 8
+"""Regions along each side at least: what cannot be decoded in one place must not cost a small slide its thumbnail."""
 TILE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
 
 
@@ -263,7 +265,7 @@ def _paired_blocks(source: Size, target: Size) -> list[tuple[Box, Box]]:
 
 def _paired_edges(source: int, target: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     ratio = source / target
-    step = max(1, math.floor(THUMBNAIL_READ_PX / ratio))
+    step = max(1, math.floor(min(THUMBNAIL_READ_PX, source / THUMBNAIL_BLOCKS) / ratio))
     edges = [*range(0, target, step), target]
     # The exact position of every target pixel's edge, so that rounding never adds up.
     corners = tile_corners(source, ratio, tiles_along(source, ratio))

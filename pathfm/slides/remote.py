@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
 from pathfm.addresses import public_name
 from pathfm.errors import MissingExtraError
-from pathfm.slides.source import ByteRange, ByteSource
+from pathfm.slides.source import ByteRange, ByteSource, LostSourceError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -78,8 +78,11 @@ class RemoteSource(ByteSource):
         MissingExtraError: the library for such addresses is not installed.
     """
 
+    is_remote = True
+
     def __init__(self, url: str) -> None:
         self.name = public_name(url)
+        self._lost: LostSourceError | None = None
         self._transport: _Transport = _transport(url)
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -92,7 +95,7 @@ class RemoteSource(ByteSource):
             return self._head[offset : offset + length]
         part = self._request(offset, length) if length else _Part(b"", self.size, self._version)
         if (part.size, part.version) != (self.size, self._version):
-            raise self.unreadable("the file has changed on the server since it was opened", "run again")
+            raise LostSourceError("the file has changed on the server since it was opened", where=self.name, fix="run again")
         return part.data
 
     def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -122,25 +125,32 @@ class RemoteSource(ByteSource):
             self._pool = self._pool or ThreadPoolExecutor(PARALLEL)
         return list(self._pool.map(lambda span: self.read_at(*span), spans))
 
+    def lost(self, what: str, fix: str = "get a new copy of the file, or leave the slide out") -> LostSourceError:
+        """The error of a server that fails. It holds for all that follows: a slide is read whole or not at all."""
+        self._lost = LostSourceError(what, where=self.name, fix=fix)
+        return self._lost
+
     def _request(self, offset: int, length: int) -> _Part:
         """One range, with retries. Foreign errors end here: their texts may quote the whole address."""
+        if self._lost:
+            raise self._lost
         reason = ""
         for wait in (0.0, *BACKOFF_S):
             time.sleep(wait)
             try:
                 return self._transport.get(offset, length)
             except _FinalError as error:
-                raise self.unreadable(*error.args) from None
+                raise self.lost(*error.args) from None
             except _TemporaryError as error:
                 reason = str(error)
             except FileNotFoundError:
-                raise self.unreadable("there is no such file", "check the address") from None
+                raise self.lost("there is no such file", "check the address") from None
             except PermissionError:
-                raise self.unreadable("the server refuses access", "check the address and its credentials") from None
+                raise self.lost("the server refuses access", "check the address and its credentials") from None
             except _network_errors() as error:
                 slow = isinstance(error, TimeoutError)
                 reason = f"no answer within {TIMEOUT_S:g} s" if slow else f"the connection failed ({type(error).__name__})"
-        raise self.unreadable(f"{reason}, {len(BACKOFF_S) + 1} times", "check the address and the network, then run again")
+        raise self.lost(f"{reason}, {len(BACKOFF_S) + 1} times", "check the address and the network, then run again")
 
 
 def joined(ranges: Sequence[ByteRange]) -> list[tuple[ByteRange, list[int]]]:

@@ -22,6 +22,10 @@ SAMPLE_BYTES, SAMPLE_BLOCKS = 4096, 64
 """A file's identity rests on its size, this many evenly spaced blocks, and a head and a tail as large as all of them."""
 
 
+class LostSourceError(UnreadableSlideError):
+    """A file cannot be reached any more: that says nothing of its pixels, so the whole slide fails and no tile is left out."""
+
+
 class ByteRange(NamedTuple):
     """A run of bytes of a file."""
 
@@ -40,10 +44,12 @@ class ByteSource(ABC):
     Attributes:
         name: what to call it in messages: a path, or an address without its secrets.
         size: of the file [bytes].
+        is_remote: every read costs a round trip, so ``read_many`` is worth while.
     """
 
     name: str
     size: int
+    is_remote = False
 
     @abstractmethod
     def read_at(self, offset: int, length: int) -> bytes:

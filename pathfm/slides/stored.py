@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tifffile
@@ -27,6 +28,9 @@ class StoredLevel:
         size: of the level [px].
         tile: of its tiles [px].
         columns: tiles per row.
+
+    Raises:
+        UnreadableSlideError: the page's directory does not say where all tiles are.
     """
 
     def __init__(self, page: tifffile.TiffPage, source: ByteSource) -> None:
@@ -34,10 +38,17 @@ class StoredLevel:
         self.tile = Size(page.tilewidth, page.tilelength)
         self.columns = -(-self.size.width // self.tile.width)
         self._rows = -(-self.size.height // self.tile.height)
-        self._offsets = np.asarray(page.dataoffsets, dtype=np.int64)
-        self._lengths = np.asarray(page.databytecounts, dtype=np.int64)
-        self._wrapper = jpeg.Wrapper(page.jpegtables, rgb=page.photometric == RGB)
+        try:
+            self._offsets = np.asarray(page.dataoffsets, dtype=np.int64)
+            self._lengths = np.asarray(page.databytecounts, dtype=np.int64)
+            self._wrapper = jpeg.Wrapper(page.jpegtables, rgb=page.photometric == RGB)
+        except (ValueError, OverflowError) as error:
+            raise source.unreadable(f"its directory is damaged: {error}") from error
+        places = min(len(self._offsets), len(self._lengths))
+        if places < len(self):
+            raise source.unreadable(f"its directory is damaged: {len(self)} tiles, and places of {places}")
         self._source = source
+        self._fetched = threading.local()
 
     def __len__(self) -> int:
         return self.columns * self._rows
@@ -61,6 +72,25 @@ class StoredLevel:
         """The number of the first stored tile that reaches below ``y``, in pixels of the shrunk level."""
         return y // (self.tile.height // shrink) * self.columns
 
+    def fetch(self, numbers: Iterable[int]) -> None:
+        """Tells which stored tiles this thread will need next: a server sends them together, a local file costs nothing.
+
+        Raises:
+            LostSourceError: the server fails.
+        """
+        if not self._source.is_remote:
+            return
+        wanted = sorted({number for number in numbers if self._lengths[number] > 0 and self._is_within(number)})
+        places = [(int(self._offsets[number]), int(self._lengths[number])) for number in wanted]
+        self._fetched.tiles = dict(zip(wanted, self._source.read_many(places), strict=True))
+
+    def _is_within(self, number: int) -> bool:
+        return bool(0 <= self._offsets[number] <= self._source.size - self._lengths[number])
+
+    def _read(self, number: int, length: int) -> bytes:
+        fetched: dict[int, bytes] = getattr(self._fetched, "tiles", {}) if self._source.is_remote else {}
+        return fetched.get(number) or self._source.read_at(int(self._offsets[number]), length)
+
     def stream(self, number: int) -> tuple[bytes, jpeg.Frame] | None:
         """A stored tile as a JPEG stream that decodes alone, with its header; None when the scanner left it out (no bytes).
 
@@ -72,7 +102,7 @@ class StoredLevel:
         length = int(self._lengths[number])
         if length == 0:
             return None
-        stream, frame = self._wrapper.wrap(self._source.read_at(int(self._offsets[number]), length))
+        stream, frame = self._wrapper.wrap(self._read(number, length))
         if (frame.width, frame.height) != self.tile or frame.components not in {1, 3}:
             raise ValueError(f"a tile of {frame.width} x {frame.height} px and {frame.components} components")
         return stream, frame
@@ -108,5 +138,5 @@ def _is_direct(page: tifffile.TiffPage) -> bool:
     if not page.is_tiled or page.compression != JPEG_IN_TIFF or page.bitspersample != 8:
         return False
     colours = (page.samplesperpixel, page.photometric) in {(1, GREY), (3, RGB), (3, YCBCR)}
-    whole_blocks = page.tilewidth % SHRINKS[0] == 0 and page.tilelength % SHRINKS[0] == 0
+    whole_blocks = all(side > 0 and side % SHRINKS[0] == 0 for side in (page.tilewidth, page.tilelength))
     return bool(colours and whole_blocks and page.planarconfig == CONTIGUOUS and page.tiledepth == 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import struct
 import threading
 import zlib
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import tifffile
 
+from pathfm import jpeg
 from pathfm.geometry import Box, Size, level_downsample
 from pathfm.slides.reader import Level, Pixels, Region, SlideMetadata, SlideReader, on_white, unreadable
 from pathfm.slides.scale import find_scale
@@ -44,6 +46,10 @@ TIFF_ERRORS = (
     zlib.error,
 )
 """What tifffile and the codecs under it raise on damaged files."""
+SILENT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, MemoryError, struct.error)
+"""Those of them that come from values that no directory can have."""
+QUOTED = re.compile(r"(['\"])(?!imagecodecs).*?\1")
+"""What foreign messages quote of a file."""
 
 CACHE_BYTES = 128 * 2**20
 """Decoded strips and tiles kept, so that neighbouring regions do not decode them again [bytes]."""
@@ -53,8 +59,12 @@ INSTALL_CODECS = "pip install 'pathfm[formats]'"
 TIFF_MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 JPEG = {6, 7, 34892, 33007}
 """Compression codes of JPEG inside TIFF, whose tables stand in a tag of their own."""
-SEPARATE_PLANES = 2
-"""PlanarConfiguration: colours in planes of their own."""
+JPEG_IN_TIFF = 7
+"""The one with tables apart, as TIFF Technical Note 2 defines it."""
+RGB = 2
+"""PhotometricInterpretation of JPEG whose components are RGB."""
+CONTIGUOUS, SEPARATE_PLANES = 1, 2
+"""PlanarConfiguration: the colours of a pixel together, or in planes of their own."""
 UNITS = {2: "inch", 3: "centimeter"}
 """Names of TIFF's resolution units."""
 
@@ -87,10 +97,10 @@ class TiffReader(SlideReader):
         self._file = source.open_file()
         try:
             tiff = tifffile.TiffFile(self._file, name=source.name)
-            series = tiff.series[0]
-            problem = _problem(series)
+            levels = tiff.series[0].levels
+            problem = next(filter(None, map(_problem, levels)), "")
             if not problem:
-                self.pages = [_full_page(level.keyframe) for level in series.levels]
+                self.pages = [_checked_page(level.keyframe) for level in levels]
                 self.metadata = _metadata(tiff, self.pages)
         except TIFF_ERRORS as error:
             self.close()
@@ -148,12 +158,24 @@ class TiffReader(SlideReader):
         if length == 0:
             return None
         data = self._source.read_at(page.dataoffsets[index], length)
+        if page.compression == JPEG_IN_TIFF and page.planarconfig == CONTIGUOUS and page.samplesperpixel in {1, 3}:
+            return _decode_jpeg(page, index, data)
         tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in JPEG else {}
         decoded = page.decode(data, index, **tables)[0]
         if decoded is None:
             return None
         pixels: Pixels = np.asarray(decoded, dtype=np.uint8)[0]
         return pixels
+
+
+def _decode_jpeg(page: tifffile.TiffPage, index: int, data: bytes) -> Pixels:
+    """One JPEG strip or tile [h, w, samples]. tifffile's decoder hides the warnings of libjpeg, which stand for made-up pixels."""
+    stream, frame = jpeg.Wrapper(page.jpegtables, rgb=page.photometric == RGB).wrap(data)
+    rows = page.tilelength if page.is_tiled else page.rowsperstrip
+    rest = rows if page.is_tiled else min(rows, page.imagelength - index * rows)
+    if frame.width != (page.tilewidth or page.imagewidth) or frame.height not in {rows, rest}:
+        raise ValueError(f"a picture of {frame.width} x {frame.height} px")
+    return jpeg.decode(stream)[..., : page.samplesperpixel]
 
 
 def open_tiff(path: Path) -> TiffReader | None:
@@ -189,8 +211,18 @@ def _full_page(page: tifffile.TiffPage | tifffile.TiffFrame) -> tifffile.TiffPag
     return page if isinstance(page, tifffile.TiffPage) else page.aspage()
 
 
+def _checked_page(page: tifffile.TiffPage | tifffile.TiffFrame) -> tifffile.TiffPage:
+    """A full page without values that no directory can have, and that tifffile would take as they come."""
+    full = _full_page(page)
+    if full.planarconfig not in {CONTIGUOUS, SEPARATE_PLANES}:
+        raise tifffile.TiffFileError("its directory is damaged: an unknown planar configuration")
+    if min((full.tilewidth, full.tilelength) if full.is_tiled else (full.rowsperstrip, full.imagewidth)) < 1:
+        raise tifffile.TiffFileError("its directory is damaged: strips or tiles without pixels")
+    return full
+
+
 def _problem(series: tifffile.TiffPageSeries) -> str:
-    """Why the pixels of a series cannot be taken as RGB; empty text when they can."""
+    """Why the pixels of a level cannot be taken as RGB; empty text when they can."""
     page = _full_page(series.keyframe)
     if 0 in series.shape:
         return "the image has no pixels"
@@ -269,5 +301,7 @@ def _to_rgb(canvas: Pixels) -> Pixels:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of a foreign message, without the values of tags that it may quote."""
-    return str(error).partition("\n")[0][:120] or type(error).__name__
+    """The first line of a foreign message; errors of Python itself tell a reader nothing, and quote what is in the file."""
+    if isinstance(error, SILENT) or not str(error):
+        return f"its directory is damaged ({type(error).__name__})"
+    return QUOTED.sub("...", str(error).partition("\n")[0])[:120]

@@ -23,6 +23,7 @@ from pathfm.errors import UnreadableSlideError
 from pathfm.geometry import Box, Size, contains
 from pathfm.slides.direct import DAMAGED, DirectReader, assemble, damage
 from pathfm.slides.reader import Pixels, Region, SlideReader
+from pathfm.slides.source import LostSourceError
 from pathfm.slides.stored import StoredLevel
 
 BLOCK_COLUMNS, BLOCK_ROWS = 16, 8
@@ -107,11 +108,13 @@ def read_tiles(
     Yields:
         (number, result), or (number, UnreadableSlideError) for a tile whose data cannot be decoded; nothing is filled in.
     """
+    if not chosen:
+        return
     if not pixels and not stored:
         yield from ((index, finish(index, TileRead(None, _outside(reader, cut, index)))) for index in chosen)
         return
     read = _one_by_one(reader, cut, pixels, stored) or _Stitcher(reader, cut)
-    if threads == 1:
+    if threads == 1 and not _is_remote(reader):
         yield from _finished(read(chosen), finish)
         return
     bands = _bands(cut, chosen)
@@ -123,6 +126,11 @@ def read_tiles(
                 yield from _in_order(waiting.popleft())
         while waiting:
             yield from _in_order(waiting.popleft())
+
+
+def _is_remote(reader: SlideReader) -> bool:
+    """Whether tiles come from a server: in blocks then, so that what is fetched together fits into memory."""
+    return isinstance(reader, DirectReader) and reader.is_remote
 
 
 def _outside(reader: SlideReader, cut: Cut, index: int) -> float:
@@ -170,9 +178,13 @@ def _one_by_one(reader: SlideReader, cut: Cut, pixels: bool, stored: bool) -> _R
         return None
 
     def read(block: Sequence[int]) -> Iterator[tuple[int, TileRead | UnreadableSlideError]]:
+        if level is not None:
+            level.fetch(number for index in block for number in level.numbers(cut.box(index), 1))
         for index in block:
             try:
                 yield index, _stored(level, cut.box(index), pixels) if level is not None else _region(reader, cut, index)
+            except LostSourceError:
+                raise
             except UnreadableSlideError as error:
                 yield index, error
 
@@ -191,7 +203,7 @@ def _stored(level: StoredLevel, box: Box, pixels: bool) -> TileRead:
     try:
         found = level.stream(number)
         if found is None:
-            raise UnreadableSlideError("left out by the scanner")
+            return TileRead(np.full((level.tile.height, level.tile.width, 3), 255, dtype=np.uint8), 1.0)
         stream, frame = found
         passed = jpeg.sealed(stream, frame.scan) if frame.components == 3 else None
         return TileRead(jpeg.decode(stream) if pixels or passed is None else None, 0.0, passed)
@@ -217,14 +229,14 @@ class _Stitcher:
     def __call__(self, block: Sequence[int]) -> Iterator[tuple[int, TileRead | UnreadableSlideError]]:
         level, cut = self._level, self._cut
         decoded: dict[int, Pixels | UnreadableSlideError | None] = {}
-        row_top = -1
-        for index in block:
-            box = cut.box(index)
-            if box.top != row_top:
-                # Rows only go down: what ends above this one is not needed again.
-                row_top, first = box.top, level.first_at(box.top, cut.shrink)
-                decoded = {number: pixels for number, pixels in decoded.items() if number >= first}
-            yield index, self._stitch(box, decoded)
+        for top, row in groupby(((index, cut.box(index)) for index in block), key=lambda tile: tile[1].top):
+            # Rows only go down: what ends above this one is not needed again.
+            first, tiles = level.first_at(top, cut.shrink), list(row)
+            decoded = {number: pixels for number, pixels in decoded.items() if number >= first}
+            needed = (number for _, box in tiles for number in level.numbers(box, cut.shrink))
+            level.fetch(number for number in needed if number not in decoded and number not in self._left_over)
+            for index, box in tiles:
+                yield index, self._stitch(box, decoded)
         below = level.first_at(int(cut.boxes[block[-1], 3]), cut.shrink)
         self._left_over.update({number: pixels for number, pixels in decoded.items() if number >= below})
 
@@ -244,6 +256,8 @@ class _Stitcher:
             return self._left_over.pop(number, None)
         try:
             return self._level.decode(number, self._cut.shrink)
+        except LostSourceError:
+            raise
         except DAMAGED as error:
             return UnreadableSlideError(damage(error))
 

@@ -32,6 +32,8 @@ RECORDS = frozenset({"record.json", "record-*.json", "timing.csv", "events-*.jso
 _STEM_BYTES = 150
 """Longest part of a name that goes into the name of a file beside it: file systems allow 255 bytes in all."""
 _DAY_S = 24 * 3600.0
+_REPLACE_AGAIN = 20
+"""Times that the replacement of a folder is tried again when readers put the old one back meanwhile."""
 _GO_ON = "then run the same command again: what is finished is kept"
 _TROUBLE = {
     errno.ENOSPC: ("the disk is full", f"make room, {_GO_ON}"),
@@ -116,13 +118,18 @@ def _delete(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Finish or undo a replacement of the folder ``path`` that a kill interrupted; one look when there is nothing to do."""
+    """Finish or undo a replacement of the folder ``path`` that a kill interrupted; one look when there is nothing to do.
+
+    A replacement that is under way cannot be told from an interrupted one. Undoing it between its two renames gives a reader
+    the old folder, and makes the one who replaces it try again.
+    """
     old = _aside(path)
     if not old.exists():
         return
     if path.exists():
         _delete(old)
-    else:
+        return
+    with suppress(OSError):  # meanwhile the new one is in place, or another process has put the old one back
         old.rename(path)
 
 
@@ -211,14 +218,18 @@ def commit_dir(path: Path, check: Callable[[], None] | None = None) -> Iterator[
 
 def _replace_dir(path: Path, new: Path) -> None:
     old = _aside(path)
-    if path.exists():
-        path.rename(old)
-        crash_point("store.commit.between_renames")
-    try:
-        new.rename(path)
-    except OSError:
-        recover(path)
-        raise
+    for is_last in [False] * _REPLACE_AGAIN + [True]:
+        try:
+            if path.exists():
+                path.rename(old)
+                crash_point("store.commit.between_renames")
+            new.rename(path)
+            break
+        except OSError as error:
+            recover(path)
+            # Not empty: a reader has put the old one back, or is still removing an older one.
+            if is_last or error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
     _flush(path.parent)
     _delete(old)
 

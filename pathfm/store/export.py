@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import filecmp
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from pathfm.errors import PathfmError, StoreError, UsageError
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import commit_dir, commit_file, content_digest
 from pathfm.store.interop.clam import write_clam
-from pathfm.store.interop.geojson import measurements, tiles_geojson, write_geojson
+from pathfm.store.interop.geojson import measurements, tiles_geojson, tissue_geojson, write_geojson
 from pathfm.store.interop.trident import write_trident
 from pathfm.store.record import Outcome
 from pathfm.store.tile_store import TileStore, open_tiles, scale_group
@@ -32,6 +33,8 @@ JPEG_QUALITY = 95
 TAR_TILES = 2048
 """Tiles per WebDataset shard."""
 TABLE = "tiles.csv"
+SQUARE, SQUARE_WITHIN = {"clam", "trident"}, 0.01
+"""Formats that know one side of a tile only, and how much the other may differ."""
 UNSAFE_IN_KEYS = "%.:{}"
 """Characters that mean something to WebDataset in a key or in the name of a shard; written as %2E and so on."""
 
@@ -56,8 +59,11 @@ def export_tiles(store: TileStore, folder: Path, format: str) -> tuple[Path, ...
     problem = id_problem(store.slide_id)
     if problem:
         raise StoreError(problem, where=str(store.path))
-    if store.coords_synthetic and format in {"clam", "trident"}:
+    if store.coords_synthetic and format in SQUARE:
         raise StoreError("the tiles have no coordinates on a slide", where=str(store.path))
+    width, height = store.tile_sides_level0
+    if format in SQUARE and abs(height - width) > SQUARE_WITHIN * width:
+        raise StoreError(f"{format} only knows square tiles, and the slide's pixels are not square", where=str(store.path))
     try:
         return tuple(FORMATS[format](store, folder))
     except OSError as error:
@@ -205,7 +211,9 @@ def _write_trident(store: TileStore, folder: Path) -> list[Path]:
 def _write_geojson(store: TileStore, folder: Path) -> list[Path]:
     path = folder / f"{store.slide_id}.geojson"
     with _new_file(path) as temporary:
-        write_geojson(temporary, tiles_geojson(store))
+        mask, scale = store.tissue, store.thumbnail_downsample
+        outlines = tissue_geojson(mask, scale, store.slide_id) if mask is not None else iter(())
+        write_geojson(temporary, itertools.chain(outlines, tiles_geojson(store)))
     return [path]
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from pathfm.study import TileSettings
 
+PICTURES = "pictures"
+"""Folder of overlays and contact sheets, beside the stores."""
+
 
 def tile_spec(settings: TileSettings, digest: str) -> str:
     """The folder name of one way of tiling: ``224px-0.5mpp-3f9c``; changing a setting never overwrites earlier work."""
@@ -44,7 +47,7 @@ class Layout:
 
     def pictures(self, slide_id: str) -> tuple[Path, Path]:
         """The overlay and the contact sheet of a slide."""
-        folder = self.tiles / "pictures"
+        folder = self.tiles / PICTURES
         return folder / f"{slide_id}.overlay.png", folder / f"{slide_id}.contact.jpg"
 
     def encoder(self, backbone: str, digest: str) -> Path:

@@ -82,13 +82,18 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def record_file(folder: Path, shard: str = "") -> Path:
+    """Where the record of a folder is, or that of a shard (``i/n``)."""
+    return folder / f"record{shard and '-' + shard.replace('/', '-of-')}.json"
+
+
 def write_record(
     folder: Path, report: StageReport, settings: Settings, started: datetime.datetime | None = None, shard: str = ""
 ) -> None:
     """Writes ``folder/record.json``: outcomes, settings, versions, host and times. Each shard has its own file."""
     now = datetime.datetime.now(datetime.UTC)
     write_json(
-        folder / f"record{shard and '-' + shard.replace('/', '-of-')}.json",
+        record_file(folder, shard),
         {
             "stage": report.stage,
             "note": report.note,

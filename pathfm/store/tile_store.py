@@ -126,12 +126,13 @@ class TileStoreWriter:
     def __len__(self) -> int:
         return len(self._xy)
 
-    def finish(self, info: TileStoreInfo, thumbnail: Pixels | None) -> None:
+    def finish(self, info: TileStoreInfo, thumbnail: Pixels | None, tissue: npt.NDArray[np.bool_] | None = None) -> None:
         """Writes what is pending, the small arrays and the metadata. An uncommitted folder is not yet a store.
 
         Args:
             info: becomes the group's attributes.
             thumbnail: RGB picture of the slide; None for further resolutions of a store, which share it.
+            tissue: mask at the scale of the thumbnail.
         """
         if self._pending:
             self._flush()
@@ -143,6 +144,8 @@ class TileStoreWriter:
         _whole(group, "quality", quality)
         if thumbnail is not None:
             _whole(group, "thumbnail", thumbnail)
+        if tissue is not None:
+            _whole(group, "tissue", tissue.astype(np.uint8))
         if any(self._names):
             _whole(group, "source_names", np.frombuffer("\0".join(self._names).encode(), dtype=np.uint8))
 
@@ -205,6 +208,8 @@ class TileStore:
         self.tile_px: int = attrs["tile_px"]
         self.mpp: float | None = attrs["mpp"]
         self.tile_side_level0: float = attrs["tile_side_level0"]
+        side = self.tile_side_level0
+        self.tile_sides_level0: tuple[float, float] = (side, attrs.get("tile_height_level0", side))
         self.size_level0 = Size(*attrs["size_level0"])
         self.quality_names = tuple(attrs["quality_names"])
         self.thumbnail_downsample: float = attrs["thumbnail_downsample"]
@@ -244,7 +249,7 @@ class TileStore:
     def overlapping(self, box_level0: Box) -> npt.NDArray[np.int64]:
         """Numbers of the tiles that share pixels with a rectangle of the slide: how tiles of another resolution are found."""
         left, top = self.xy_level0.T
-        right, bottom = left + self.tile_side_level0, top + self.tile_side_level0
+        right, bottom = left + self.tile_sides_level0[0], top + self.tile_sides_level0[1]
         inside = (left < box_level0.right) & (right > box_level0.left) & (top < box_level0.bottom) & (bottom > box_level0.top)
         return np.flatnonzero(inside)
 
@@ -284,6 +289,14 @@ class TileStore:
         if "scale_of" in self.attrs:
             return open_tiles(self.path.parent).thumbnail
         return self._array("thumbnail").astype(np.uint8)
+
+    @cached_property
+    def tissue(self) -> npt.NDArray[np.bool_] | None:
+        """The tissue mask at the scale of the thumbnail; None for slides that are folders of tiles, and in older stores."""
+        home = self.path.parent if "scale_of" in self.attrs else self.path
+        if not (home / "tissue").is_dir():
+            return None
+        return (self._array("tissue") if home == self.path else open_tiles(home)._array("tissue")).astype(bool)
 
     @cached_property
     def source_names(self) -> tuple[str, ...] | None:

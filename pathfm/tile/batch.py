@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,13 @@ import cv2
 
 from pathfm.errors import PathfmError, StoreError
 from pathfm.events import Events
-from pathfm.log import get_log, track
+from pathfm.log import get_log, status, track
 from pathfm.slides.cache import SlideCache
 from pathfm.store.lease import LeaseLostError, Leases
 from pathfm.store.record import Outcome, library_versions
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study
+from pathfm.tile.finish import KEPT
 from pathfm.tile.slide import tile_slide
 from pathfm.tile.task import TileTask
 from pathfm.workers import InternalError, map_isolated, usable_cores
@@ -110,17 +111,17 @@ class Batch:
             result = _Worked(Outcome(task.row.slide_id, "failed", result.reason), 0.0)
         outcome = result.outcome
         self._outcomes[outcome.slide_id] = outcome
-        log.info("%s", describe(outcome))
+        if outcome.status == "done":  # the others are told with their reasons when all is done
+            status(outcome.slide_id, "done", told(outcome.counts))
         about = {"seconds": round(result.seconds, 3), "counts": dict(outcome.counts), "reason": outcome.reason}
         self._events.write(f"slide_{outcome.status}", stage=STAGE, slide_id=outcome.slide_id, **about)
 
 
-def describe(outcome: Outcome) -> str:
-    """One status line."""
-    counts = ", ".join(f"{name} {value}" for name, value in outcome.counts.items())
-    return f"{outcome.slide_id}: {outcome.status}" + (
-        f" ({outcome.reason})" if outcome.reason else f" [{counts}]" if counts else ""
-    )
+def told(counts: Mapping[str, int | float]) -> str:
+    """Counts of tiles in words, what occurred only: ``548 tiles of 972, no tissue 411, pen 13``."""
+    dropped = [f"{name} {count:,}" for name, count in counts.items() if count and name not in {KEPT, "grid", "files"}]
+    places = counts.get("grid", counts.get("files", 0))
+    return ", ".join([f"{counts.get(KEPT, 0):,} tiles of {places:,}", *dropped])
 
 
 def is_made(task: TileTask, outcomes: dict[str, Outcome]) -> bool:

@@ -90,7 +90,7 @@ def grid_at(
     corners = corners_level0[order]
     scale = _Scale(level, shrink, (ratio, ratio), mpp.mean * ratio if mpp else None)
     exact = np.concatenate([corners, corners + side_level0], axis=1)
-    return _grid(levels, scale, exact, exact, settings.tile_px)
+    return _grid(levels, scale, corners, exact, settings.tile_px)
 
 
 def _plan(levels: Sequence[Level], scale: _Scale, settings: TileSettings) -> Grid:
@@ -98,36 +98,51 @@ def _plan(levels: Sequence[Level], scale: _Scale, settings: TileSettings) -> Gri
     kept = settings.keep_px or side
     starts = [_starts(levels, scale, axis, settings) for axis in (0, 1)]
     tops, lefts = np.meshgrid(starts[1] * stride, starts[0] * stride, indexing="ij")
-    ratio = np.array(scale.ratio * 2)
+    ratio = np.array(scale.ratio)
     corners = np.stack([lefts.ravel(), tops.ravel()], axis=1).astype(np.float64)
-    cells = np.concatenate([corners, corners + side], axis=1) * ratio
-    margin = (kept - side) / 2
-    exact = np.concatenate([corners - margin, corners - margin + kept], axis=1) * ratio
-    return _grid(levels, scale, exact, cells, kept)
+    cells = np.concatenate([corners, corners + side], axis=1) * np.tile(ratio, 2)
+    return _grid(levels, scale, (corners - _room(settings)) * ratio, cells, kept)
 
 
 def _starts(levels: Sequence[Level], scale: _Scale, axis: int, settings: TileSettings) -> npt.NDArray[np.int64]:
     """Numbers of the columns (axis 0) or rows whose stored pictures lie in the slide, or at the edge at least reach into it."""
     side, stride, ratio = settings.tile_px, settings.tile_px - settings.overlap_px, scale.ratio[axis]
-    margin = ((settings.keep_px or side) - side) / 2
+    kept = settings.keep_px or side
     length = levels[0].size[axis]
     numbers = np.arange(1 + int(length / (stride * ratio)), dtype=np.int64)
     if settings.edge == "pad":
         return numbers[numbers * stride * ratio < length]
-    frame = levels[scale.level].downsample * scale.shrink
-    # Just under half a pixel of slack, which rounding a corner may use, but never a pixel that slide or level do not have.
-    reach = min(length + 0.49, (levels[scale.level].size[axis] // scale.shrink + 0.49) * frame) / ratio
-    inside = (numbers * stride - margin >= 0) & (numbers * stride + side + margin <= reach)
+    first = ((numbers * stride - _room(settings)) * ratio).astype(np.float64)
+    _, _, last = _rounded(first, np.array(kept * ratio), levels[scale.level].downsample * scale.shrink)
+    # Just under half a pixel of slack, which rounding a corner may use, but never a pixel that the level does not have.
+    inside = (first >= 0) & (first + kept * ratio <= length + 0.49) & (last <= levels[scale.level].size[axis] // scale.shrink)
     return numbers[inside]
+
+
+def _room(settings: TileSettings) -> int:
+    """Room left of and above a tile [px]: whole pixels, since half ones would move the stored picture against its corner."""
+    return ((settings.keep_px or settings.tile_px) - settings.tile_px) // 2
 
 
 def _grid(
     levels: Sequence[Level], scale: _Scale, exact: npt.NDArray[np.float64], cells: npt.NDArray[np.float64], side: int
 ) -> Grid:
-    frame = levels[scale.level].downsample * scale.shrink
-    cut = Cut(scale.level, scale.shrink, nearest(exact / frame), side)
     sides = (side * scale.ratio[0], side * scale.ratio[1])
-    return Grid(cut, scale.mpp, sides, nearest(exact[:, :2]), cells)
+    corners, first, last = _rounded(exact, np.array(sides), levels[scale.level].downsample * scale.shrink)
+    cut = Cut(scale.level, scale.shrink, np.concatenate([first, last], axis=1), side)
+    return Grid(cut, scale.mpp, sides, corners, cells)
+
+
+def _rounded(
+    exact: npt.NDArray[np.float64], side_level0: npt.NDArray[np.float64], frame: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Corners in level-0 pixels, and first and last edges in pixels of the shrunk level, of tiles that start at exact places.
+
+    Pixels are cut where the rounded corners say, so that the two roundings do not add up: what a tile shows lies within half a
+    pixel of the shrunk level of where the store says it does.
+    """
+    corners = nearest(exact)
+    return corners, nearest(corners / frame), nearest((corners + side_level0) / frame)
 
 
 def _scale(levels: Sequence[Level], mpp: Mpp | None, wanted: float | str, settings: TileSettings) -> _Scale:

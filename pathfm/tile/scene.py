@@ -14,7 +14,7 @@ from pathfm.slides.reader import SlideMetadata, SlideReader
 from pathfm.store.cohort import SlideRow
 from pathfm.store.interop import find_coords, read_coords
 from pathfm.study import TileSettings
-from pathfm.tile.annotations import apply_annotations, load_annotations
+from pathfm.tile.annotations import Annotations, apply_annotations, load_annotations, unmatched_classes
 from pathfm.tile.grid import Grid, grid_at, plan_grids
 from pathfm.tile.task import ASSUMED
 from pathfm.tile.tissue import Mask, mask_fractions, tissue_mask
@@ -34,11 +34,12 @@ class Scale(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A slide at low power: thumbnail [h, w, 3] and its downsample, tissue mask [h, w]."""
+    """A slide at low power: thumbnail [h, w, 3] and its downsample, tissue mask [h, w], what is odd about its annotations."""
 
     thumbnail: Pixels
     downsample: float
     mask: Mask
+    notes: tuple[str, ...] = ()
 
     def tissue(self, grid: Grid) -> npt.NDArray[np.float32]:
         """Share of each tile of a grid that is tissue [N]."""
@@ -74,10 +75,12 @@ def look(reader: SlideReader, mpp: Mpp | None, row: SlideRow, settings: TileSett
     """
     thumbnail, downsample = reader.thumbnail(settings.tissue.thumbnail_px)
     mask = tissue_mask(thumbnail, mpp.mean * downsample if mpp else None, settings.tissue)
-    drawn = annotation_file(row, settings)
-    if drawn is not None:
-        mask = apply_annotations(mask, load_annotations(drawn), downsample, settings.tissue)
-    return Scene(thumbnail, downsample, mask)
+    if settings.tissue.annotations is None:
+        return Scene(thumbnail, downsample, mask)
+    file = annotation_file(row, settings)
+    drawn = load_annotations(file) if file else Annotations()
+    odd = unmatched_classes(drawn, settings.tissue) if file else "no file of annotations for this slide"
+    return Scene(thumbnail, downsample, apply_annotations(mask, drawn, downsample, settings.tissue), (odd,) if odd else ())
 
 
 def annotation_file(row: SlideRow, settings: TileSettings) -> Path | None:
@@ -99,4 +102,6 @@ def slide_grids(facts: SlideMetadata, mpp: Mpp | None, row: SlideRow, settings: 
     if file is None:
         raise SlideError("no file of coordinates for this slide", where=str(settings.coords), fix="check tile.coords")
     theirs = read_coords(file, mpp)
+    if theirs.size_level0 and theirs.size_level0 != facts.size_level0:
+        raise SlideError("these coordinates were made on a slide of another size", where=str(file), fix="check tile.coords")
     return [grid_at(facts.levels, mpp, theirs.xy_level0, theirs.side_level0, settings)]

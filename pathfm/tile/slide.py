@@ -28,6 +28,7 @@ from pathfm.tile.pictures import contact_sheet, overlay, png_bytes, sample_evenl
 from pathfm.tile.quality import perceptual_hash
 from pathfm.tile.scene import Scale, Scene, look, slide_grids, slide_scale
 from pathfm.tile.task import Made, TileTask, check_unreadable
+from pathfm.tile.tissue import Mask
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -44,6 +45,7 @@ class _Slide(NamedTuple):
     scene: Scene
     recolour: tuple[Callable[[Pixels], Pixels], ...]
     stains: StainVectors | None
+    normalised: str
     notes: tuple[str, ...]
 
     @property
@@ -101,10 +103,11 @@ def _prepared(reader: SlideReader, task: TileTask) -> _Slide:
     coloured = recolour[0](scene.thumbnail) if recolour else scene.thumbnail
     normaliser = make_normaliser(settings.colour, coloured, scene.mask)
     recolour += [normaliser] if normaliser else []
-    notes = scale.notes
+    notes = scale.notes + scene.notes
     if settings.colour.normalise != "none" and normaliser is None:
         notes += ("too little tissue, or one stain alone: colours are not normalised",)
-    return _Slide(reader, task, scale, scene, tuple(recolour), estimate_stains(coloured, scene.mask), notes)
+    done = settings.colour.normalise if normaliser else "none"
+    return _Slide(reader, task, scale, scene, tuple(recolour), estimate_stains(coloured, scene.mask), done, notes)
 
 
 def _write_scale(slide: _Slide, grid: Grid, root: Path, group: str) -> _Scale:
@@ -140,10 +143,11 @@ def _write_scale(slide: _Slide, grid: Grid, root: Path, group: str) -> _Scale:
         tile_side_level0=grid.side_level0[0],
         size_level0=slide.facts.size_level0,
         quality_names=finish.quality_names,
-        thumbnail_downsample=slide.scene.downsample,
+        thumbnail_downsample=_small(slide)[1],
         extra={
             "counts": counts,
             "empty_reason": scale.empty_reason,
+            "tile_height_level0": grid.side_level0[1],
             "read_level": grid.cut.level,
             "read_shrink": grid.cut.shrink,
             "passed_through": passing,
@@ -153,20 +157,23 @@ def _write_scale(slide: _Slide, grid: Grid, root: Path, group: str) -> _Scale:
     if group:
         writer.finish(replace(info, extra={**(info.extra or {}), "scale_of": task.row.slide_id}), None)
         return scale
-    writer.finish(*_with_slide(info, slide))
+    info, picture, tissue = _with_slide(info, slide)
+    writer.finish(info, picture, tissue)
     return scale
 
 
-def _with_slide(info: TileStoreInfo, slide: _Slide) -> tuple[TileStoreInfo, Pixels]:
-    """The attributes of a whole store, and the thumbnail that it keeps."""
+def _with_slide(info: TileStoreInfo, slide: _Slide) -> tuple[TileStoreInfo, Pixels, Mask]:
+    """The attributes of a whole store, and the thumbnail and tissue mask that it keeps."""
     facts, stains, mpp, task = slide.facts, slide.stains, slide.scale.mpp, slide.task
-    picture, downsample = _small(slide)
+    picture, _ = _small(slide)
+    mask = cv2.resize(slide.scene.mask.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
     about = {
         "identity": task.identity,
         "vendor": facts.vendor,
         "objective": facts.objective,
         "icc_sha256": facts.icc_sha256,
         "icc_applied": task.settings.colour.icc and facts.icc_sha256 is not None,
+        "normalised": slide.normalised,
         "slide_mpp": list(mpp) if mpp else None,
         "mpp_source": slide.scale.source,
         "notes": [*slide.notes, *_inky(info)],
@@ -174,7 +181,7 @@ def _with_slide(info: TileStoreInfo, slide: _Slide) -> tuple[TileStoreInfo, Pixe
         "scales": list(_asked(task.settings)) if len(_asked(task.settings)) > 1 else [],
         "perceptual_hash": perceptual_hash(picture),
     }
-    return replace(info, thumbnail_downsample=downsample, extra={**(info.extra or {}), **about}), picture
+    return replace(info, extra={**(info.extra or {}), **about}), picture, mask
 
 
 def _inky(info: TileStoreInfo) -> list[str]:
@@ -193,7 +200,8 @@ def _small(slide: _Slide) -> tuple[Pixels, float]:
 
 def _nothing_fits(size: Size, grid: Grid, settings: TileSettings) -> str:
     side = f"{grid.side_level0[0]:.0f} x {grid.side_level0[1]:.0f}"
-    return f"slide of {size.width} x {size.height} px is smaller than one tile ({side} level-0 px at {settings.mpp} mpp)"
+    scale = f"{grid.mpp:.4g} mpp" if grid.mpp and settings.mpp != "native" else "native scale"
+    return f"slide of {size.width} x {size.height} px is smaller than one tile ({side} level-0 px at {scale})"
 
 
 def _draw(slide: _Slide, scale: _Scale, folder: Path) -> None:

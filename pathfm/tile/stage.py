@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from pathfm.slides.reader import slide_identity
 from pathfm.store.cohort import Cohort, SlideRow
 from pathfm.store.commit import content_digest, sweep
 from pathfm.store.interop import find_coords
-from pathfm.store.layout import Layout
-from pathfm.store.record import Outcome, StageReport, write_record
+from pathfm.store.layout import PICTURES, Layout
+from pathfm.store.record import Outcome, StageReport, record_file, write_record
 from pathfm.store.tile_store import TileStore
 from pathfm.study import Study, TileSettings
-from pathfm.tile.batch import Batch, is_made
+from pathfm.tile.batch import Batch, is_made, told
 from pathfm.tile.scene import annotation_file
 from pathfm.tile.task import TileTask
 
@@ -32,14 +33,20 @@ def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
     """
     started = datetime.datetime.now(datetime.UTC)
     outcomes: dict[str, Outcome] = {}
-    sweep(layout.tiles)
+    for folder in (layout.tiles, layout.tiles / PICTURES):
+        sweep(folder)
     rows = shard_of(cohort.rows, study.compute.shard)
     tasks = list(_stale(study, rows, layout, outcomes))
     if tasks:
         with Batch(study, layout.tiles, outcomes) as batch:
             batch.make(tasks)
-    report = StageReport("tile", tuple(outcomes[row.slide_id] for row in rows))
-    if not report.did_nothing:
+    made = tuple(outcomes[row.slide_id] for row in rows)
+    totals: Counter[str] = Counter()
+    for outcome in made:
+        totals.update({name: int(count) for name, count in outcome.counts.items()})
+    report = StageReport("tile", made, told(totals) if totals else "")
+    # A kill between the last store and the record leaves a run that has nothing to do and yet is not told.
+    if not report.did_nothing or not record_file(layout.tiles, study.compute.shard).is_file():
         write_record(layout.tiles, report, study.tile, started, study.compute.shard)
     return report
 

@@ -65,6 +65,8 @@ SMALLEST_STROKE_PX = 40
 """Strokes are larger than this at the scale ink is judged at [px]."""
 INK_GLASS_SHARE = 0.6
 """Ink with a larger share of its surroundings free of tissue lies on glass."""
+MAX_SPECK_SHARE = 0.1
+"""Share of the picture that a piece may have to be dropped, or a hole to be filled."""
 MAX_INK_SHARE = 0.5
 """A larger share of all tissue than this is not ink but a blue or green stain."""
 ENTROPY_SIDE_PX, ENTROPY_LEVELS, ENTROPY_STEPS = 9, 16, 60
@@ -97,8 +99,10 @@ def tissue_mask(thumbnail: Pixels, mpp: float | None, settings: TissueSettings) 
         return np.ones(thumbnail.shape[:2], dtype=bool)
     else:
         mask = _found(thumbnail, scale, settings)
-    mask = _drop_small(mask, settings.min_area_um2 / scale**2)
-    return ~_drop_small(~mask, settings.max_hole_um2 / scale**2)
+    # Of a picture that is smaller than the smallest piece, neither all tissue nor all glass is a speck.
+    most = MAX_SPECK_SHARE * mask.size
+    mask = _drop_small(mask, min(settings.min_area_um2 / scale**2, most))
+    return ~_drop_small(~mask, min(settings.max_hole_um2 / scale**2, most))
 
 
 def _found(thumbnail: Pixels, scale: float, settings: TissueSettings) -> Mask:

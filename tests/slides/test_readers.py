@@ -86,14 +86,15 @@ def test_a_truncated_slide_fails_by_name_or_reads_right(where, size, tmp_path):
         assert np.array_equal(region, rgb)
 
 
-def damaged_tile(tmp_path):
-    """A tiled slide whose tile at (64, 0) is rubbish, and its right pixels."""
+def damaged_tile(tmp_path, *, every=False):
+    """A tiled slide whose tile at (64, 0), or every one, is rubbish, and its right pixels."""
     rgb = noise(256, 256)
     path = tiled(tmp_path / "damaged.tif", rgb, compression="zlib")
     with tifffile.TiffFile(path) as tiff:
-        offset, count = tiff.pages[0].dataoffsets[1], tiff.pages[0].databytecounts[1]
+        places = list(zip(tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts, strict=True))
     data = bytearray(path.read_bytes())
-    data[offset : offset + count] = b"\xab" * count
+    for offset, count in places if every else places[1:2]:
+        data[offset : offset + count] = b"\xab" * count
     path.write_bytes(data)
     return path, rgb
 
@@ -114,7 +115,7 @@ def test_one_damaged_tile_is_named_and_the_others_still_read(module, tmp_path, m
 
 
 def test_a_slide_that_is_all_damaged_has_no_thumbnail(tmp_path):
-    path, _ = damaged_tile(tmp_path)
+    path, _ = damaged_tile(tmp_path, every=True)
     with open_slide(path) as slide, pytest.raises(UnreadableSlideError):
         slide.thumbnail(64)
 

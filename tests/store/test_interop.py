@@ -15,6 +15,7 @@ import hypothesis
 import hypothesis.extra.numpy
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from pathfm.errors import MissingExtraError, StoreError
 from pathfm.geometry import Mpp, Size
@@ -341,13 +342,17 @@ def test_outlines_cover_exactly_the_mask(mask):
     total = np.zeros(mask.shape, dtype=int)
     for feature in tissue_geojson(mask, 1.0):
         outer, *holes = feature["geometry"]["coordinates"]
-        assert area(outer) > 0 > max((area(hole) for hole in holes), default=-1)
+        assert area(outer) > 0
+        assert all(area(hole) < 0 for hole in holes)
         for ring in (outer, *holes):
             corners = [tuple(point) for point in ring]
             assert len(ring) >= 5
             assert corners[0] == corners[-1]
             assert len(set(corners)) == len(corners) - 1
-        total += covered([outer, *holes], mask.shape)
+        piece = covered([outer, *holes], mask.shape)
+        assert scipy.ndimage.label(piece)[1] == 1
+        assert area(outer) + sum(area(hole) for hole in holes) == piece.sum()
+        total += piece
     np.testing.assert_array_equal(total, mask)
 
 

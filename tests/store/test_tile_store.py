@@ -10,8 +10,16 @@ import pytest
 import zarr
 
 from pathfm.errors import StoreError
-from pathfm.store.commit import content_digest
-from pathfm.store.tile_store import open_tiles, write_tiles
+from pathfm.geometry import Box, Size
+from pathfm.store.commit import commit_dir, content_digest
+from pathfm.store.tile_store import (
+    TileCodec,
+    TileStoreInfo,
+    TileStoreWriter,
+    open_tiles,
+    scale_group,
+    write_tiles,
+)
 
 
 @pytest.fixture
@@ -79,6 +87,106 @@ def test_a_newer_version_is_refused_by_name(tmp_path, images):
     path.write_text(json.dumps(content))
     with pytest.raises(StoreError, match=r"newer pathfm .format version 99"):
         open_tiles(tmp_path / "a.zarr")
+
+
+def _edit(path, change):
+    content = json.loads((path / "zarr.json").read_text())
+    change(content["attributes"]["pathfm"])
+    (path / "zarr.json").write_text(json.dumps(content))
+
+
+def test_a_store_of_version_1_still_opens(tmp_path, images):
+    write_tiles(tmp_path / "a.zarr", images[:9], slide_id="a", codec="zstd")
+
+    def older(attributes):
+        attributes["version"] = 1
+        del attributes["has_pixels"]
+
+    _edit(tmp_path / "a.zarr", older)
+    store = open_tiles(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(store.read(range(9)), images[:9])
+    assert (store.has_pixels, store.scales, store.tile_sides_level0) == (True, (), (32.0, 32.0))
+    assert store.tissue is None
+    assert open_tiles(tmp_path / "a.zarr", None).attrs["version"] == 1
+    with pytest.raises(StoreError, match="no tiles of 1 mpp"):
+        open_tiles(tmp_path / "a.zarr", 1.0)
+
+
+def _several(path, images, codec="zstd"):
+    """A store of 16 tiles at 0.5 mpp, 4 at 1 and 1 at 2, all of the same square."""
+    scales = (0.5, 1.0, 2.0)
+    with commit_dir(path) as folder:
+        for number, mpp in enumerate(scales):
+            across, side = 4 >> number, 64 << number
+            place = folder / scale_group(mpp) if number else folder
+            place.mkdir(exist_ok=True)
+            writer = TileStoreWriter(place, TileCodec(codec), 32, shard_tiles=3)
+            for index in range(across * across):
+                corner = (side * (index % across), 100 + side * (index // across))
+                writer.append(images[100 * number + index], corner, (0.5,))
+            extra = {"scale_of": "a"} if number else {"scales": list(scales)}
+            info = TileStoreInfo("a", "f", 32, mpp, float(side), Size(300, 400), ("tissue",), 4.0, extra=extra)
+            writer.finish(info, None if number else np.full((100, 75, 3), 9, np.uint8))
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "zstd"])
+def test_several_resolutions_in_one_store(tmp_path, images, codec):
+    _several(tmp_path / "a.zarr", images, codec)
+    store, plain = open_tiles(tmp_path / "a.zarr"), zarr.open_group(tmp_path / "a.zarr", mode="r")
+    assert store.scales == (0.5, 1.0, 2.0)
+    assert sorted(name for name, _ in plain.groups()) == ["1mpp", "2mpp"]
+    for mpp, count, group in ((0.5, 16, plain), (1.0, 4, plain["1mpp"]), (2.0, 1, plain["2mpp"])):
+        one = open_tiles(tmp_path / "a.zarr", mpp)
+        assert (len(one), one.mpp, one.slide_id) == (count, mpp, "a")
+        np.testing.assert_array_equal(one[count - 1], group["tiles"][count - 1])
+        np.testing.assert_array_equal(one.xy_level0, group["xy_level0"][...])
+        np.testing.assert_array_equal(one.quality, group["quality"][...])
+        again = pickle.loads(pickle.dumps(one))
+        assert (again.mpp, len(again)) == (mpp, count)
+        # The picture of the slide is kept once.
+        assert one.thumbnail.shape == (100, 75, 3)
+        assert ("thumbnail" in group) == (mpp == 0.5)
+    with pytest.raises(StoreError, match=r"no tiles of 4 mpp .*0\.5, 1, 2"):
+        open_tiles(tmp_path / "a.zarr", 4.0)
+
+
+def test_tiles_of_one_resolution_are_found_from_another(tmp_path, images):
+    _several(tmp_path / "a.zarr", images)
+    fine, middle, coarse = (open_tiles(tmp_path / "a.zarr", mpp) for mpp in (0.5, 1.0, 2.0))
+    assert coarse.overlapping(Box(0, 100, 1, 101)).tolist() == [0]
+    assert fine.overlapping(Box(0, 100, 256, 356)).tolist() == list(range(16))
+    assert middle.overlapping(Box(128, 100, 256, 228)).tolist() == [1]
+    # Tiles that only touch share no pixel.
+    assert fine.overlapping(Box(64, 164, 128, 228)).tolist() == [5]
+    assert fine.overlapping(Box(63, 164, 128, 228)).tolist() == [4, 5]
+    assert fine.overlapping(Box(0, 0, 300, 100)).tolist() == []
+
+
+def test_pixels_that_are_not_square_make_tiles_that_are_not(tmp_path, images):
+    write_tiles(tmp_path / "a.zarr", images[:1], slide_id="a", xy_level0=np.array([[10, 20]]))
+    _edit(tmp_path / "a.zarr", lambda attributes: attributes.update(tile_height_level0=40.0))
+    store = open_tiles(tmp_path / "a.zarr")
+    assert store.tile_sides_level0 == (32.0, 40.0)
+    assert store.overlapping(Box(10, 59, 11, 60)).tolist() == [0]
+    assert store.overlapping(Box(10, 60, 11, 61)).tolist() == []
+
+
+def test_coordinates_alone(tmp_path):
+    with commit_dir(tmp_path / "a.zarr") as folder:
+        writer = TileStoreWriter(folder, TileCodec("none"), 32, shard_tiles=2)
+        for number in range(5):
+            writer.append_encoded(b"", (32 * number, 0), (0.5,))
+        info = TileStoreInfo("a", "f", 32, 0.5, 32.0, Size(160, 32), ("tissue",))
+        writer.finish(info, np.zeros((32, 160, 3), np.uint8))
+    store = open_tiles(tmp_path / "a.zarr")
+    assert (len(store), store.has_pixels) == (5, False)
+    assert store.xy_level0[:, 0].tolist() == [0, 32, 64, 96, 128]
+    for read in (lambda: store[0], lambda: store.encoded(4), lambda: store.read([1])):
+        with pytest.raises(StoreError, match=r"coordinates only .*tile\.codec"):
+            read()
+    with pytest.raises(IndexError):
+        store.encoded(5)
+    assert sorted(zarr.open_group(store.path, mode="r")) == ["quality", "thumbnail", "xy_level0"]
 
 
 def test_absent_and_foreign_stores_are_refused(tmp_path):

@@ -124,7 +124,8 @@ def test_every_tile_lies_in_slide_and_level_and_rounding_never_adds_up(size, mpp
     exact = grid.cells[:, :2]
     assert np.abs(grid.corners_level0 - exact).max() <= 0.5
     frame = level.downsample * grid.cut.shrink
-    assert np.abs(boxes - grid.cells / frame).max() <= 0.5 + 1e-6
+    said = np.concatenate([grid.corners_level0, grid.corners_level0 + np.array(grid.side_level0)], axis=1)
+    assert np.abs(boxes - said / frame).max() <= 0.5 + 1e-6
     assert (grid.cells[:, 2] <= size[0] + 0.5).all()
     # Nothing is upsampled: a box is at least about as wide as the tile made from it.
     assert (boxes[:, 2] - boxes[:, 0]).min() >= tile_px * 0.98 - 1

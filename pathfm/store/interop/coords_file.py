@@ -43,6 +43,8 @@ def read_coords_file(path: Path) -> CoordsFile:
             raise UnfitError("coords are no numbers")
         if coords.ndim != 2 or not 2 <= coords.shape[1] <= 5 or len(coords) > MAX_TILES:
             raise UnfitError(f"coords of shape {coords.shape}")
+        if coords.compression is None and coords.id.get_storage_size() < coords.nbytes:
+            raise UnfitError("coords that are cut off")
         attrs, picture_px, pictures = dict(coords.attrs), None, file.get("imgs")
         if isinstance(pictures, h5py.Dataset) and pictures.ndim == 4:
             attrs, picture_px = {**pictures.attrs, **attrs}, int(pictures.shape[1])

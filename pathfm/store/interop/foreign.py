@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pathfm.geometry import Size
 
-MAX_TILES = 50_000_000
+MAX_TILES = 10_000_000
 """More rows than this in a file are damage, not tiles."""
 MAX_PLACE = 2.0**31
 """No slide has coordinates beyond this [level-0 px]."""

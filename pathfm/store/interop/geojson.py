@@ -57,9 +57,9 @@ def tiles_geojson(store: TileStore) -> Iterator[Feature]:
     """
     if store.coords_synthetic:
         raise StoreError("the tiles have no coordinates on a slide", where=str(store.path))
-    side = store.tile_side_level0
+    side, height = store.tile_sides_level0
     for index, (x, y) in enumerate(store.xy_level0.tolist()):
-        right, bottom = round(x + side, 2), round(y + side, 2)
+        right, bottom = round(x + side, 2), round(y + height, 2)
         ring = [[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]
         name = f"{store.slide_id}/{side:g}/{x}_{y}/{index}"
         yield _feature("tile", "Tile", name, [ring], measurements(store, index))
@@ -96,10 +96,11 @@ def _feature(kind: str, name: str, identity: str, rings: list[Any], measured: di
 
 def _walks(mask: npt.NDArray[np.bool_]) -> Iterator[Ring]:
     """Closed walks along a mask's outlines, corners only, mask at the left hand; the one around a piece before its holes."""
-    left = _edges(mask)
-    for y, x in np.argwhere(left[0]).tolist():
-        if left[0][y, x]:
-            yield _walk(left, x, y)
+    edges = _edges(mask)
+    starts = edges[0].copy()
+    for y, x in np.argwhere(starts).tolist():
+        if starts[y, x]:
+            yield _walk(edges, starts, x, y)
 
 
 def _edges(mask: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.bool_]]:
@@ -110,21 +111,19 @@ def _edges(mask: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.bool_]]:
     return [here & ~above, before & ~here, across & ~before, above & ~across]
 
 
-def _walk(left: list[npt.NDArray[np.bool_]], x: int, y: int) -> Ring:
-    """The walk whose first edge runs to the right from (x, y); takes its edges out of ``left``."""
-    ring, direction = [(x, y)], 0
-    while left[direction][y, x]:
-        left[direction][y, x] = False
+def _walk(edges: list[npt.NDArray[np.bool_]], starts: npt.NDArray[np.bool_], x: int, y: int) -> Ring:
+    """The walk whose first edge runs to the right from (x, y); takes its edges to the right out of ``starts``."""
+    walk, direction = [(x, y)], 0
+    while True:
+        starts[y, x] &= direction != 0
         x, y = x + STEPS[direction][0], y + STEPS[direction][1]
         # Left first: where two pixels touch at a corner, the walk stays with the one it came along.
-        turns = ((direction + turn) % 4 for turn in (1, 0, 3))
-        following = next((turn for turn in turns if left[turn][y, x]), None)
-        if following is None:
-            break
+        following = next(turn % 4 for turn in (direction + 1, direction, direction + 3) if edges[turn % 4][y, x])
         if following != direction:
-            ring.append((x, y))
+            walk.append((x, y))
         direction = following
-    return [*ring, ring[0]]
+        if (x, y) == walk[0] and direction == 0:
+            return walk
 
 
 def _simple(walk: Ring) -> list[Ring]:
