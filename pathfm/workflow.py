@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pathfm.addresses import is_remote
+from pathfm.addresses import is_remote, public_name, remote_url
 from pathfm.config import dump_study, fingerprint, load_study
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, status
@@ -105,6 +105,13 @@ def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Stud
 
 def cohort_of(sources: Sequence[str]) -> dict[str, object]:
     """The cohort settings that sources on a command line mean: one table, or slides."""
+    for source in sources:
+        if is_remote(source) and public_name(source) != remote_url(source):
+            raise UsageError(
+                "an address with a user, a password or a query would be kept in study.yaml",
+                where=public_name(source),
+                fix="put it into a cohort table, or give credentials by the environment",
+            )
     # abspath, not resolve: a symbolic link is named as the user named it.
     placed = [source if is_remote(source) else os.path.abspath(source) for source in sources]  # noqa: PTH100
     if len(sources) == 1 and Path(sources[0]).suffix.lower() in TABLE_SUFFIXES:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pathfm import jpeg
 from pathfm.errors import UnreadableSlideError
 from pathfm.geometry import Mpp, Size
 from pathfm.slides.reader import Level, Pixels, Region, SlideMetadata, SlideReader, checked_mpp, on_white, unreadable
@@ -78,7 +79,9 @@ def open_image(path: Path) -> ArrayReader | None:
         try:
             with Image.open(path) as image:
                 _check(image, path)
-                rgb, facts, profile = _to_rgb(image), _metadata(image), image.info.get("icc_profile")
+                facts, profile = _metadata(image), image.info.get("icc_profile")
+                # Pillow hides the warnings of libjpeg, which stand for made-up pixels.
+                rgb = jpeg.decode(path.read_bytes()) if image.format == "JPEG" else _to_rgb(image)
         except UnidentifiedImageError:
             return None
         except Image.DecompressionBombError as error:

@@ -27,7 +27,7 @@ from pathfm.addresses import is_remote, public_name
 from pathfm.errors import UnreadableSlideError
 from pathfm.geometry import Box, Mpp, Size, best_level, fit_within, mpp_is_sane, tile_corners, tiles_along
 from pathfm.slides.scale import refusal
-from pathfm.slides.source import file_identity, open_source
+from pathfm.slides.source import LostSourceError, file_identity, open_source
 
 Pixels = npt.NDArray[np.uint8]
 """RGB [height, width, 3]."""
@@ -241,6 +241,8 @@ def make_thumbnail(reader: SlideReader, longest_px: int) -> tuple[Pixels, float]
     for source, target in boxes:
         try:
             block = reader.read_region(source.left, source.top, level, source.size)
+        except LostSourceError:
+            raise
         except UnreadableSlideError:
             failed += 1
             if 2 * failed > len(boxes):

@@ -169,7 +169,7 @@ class TiffReader(SlideReader):
 
 
 def _decode_jpeg(page: tifffile.TiffPage, index: int, data: bytes) -> Pixels:
-    """One JPEG strip or tile [h, w, samples]. tifffile's decoder hides the warnings of libjpeg, which stand for made-up pixels."""
+    """One JPEG strip or tile [h, w, samples]. tifffile's decoder hides libjpeg's warnings, which stand for made-up pixels."""
     stream, frame = jpeg.Wrapper(page.jpegtables, rgb=page.photometric == RGB).wrap(data)
     rows = page.tilelength if page.is_tiled else page.rowsperstrip
     rest = rows if page.is_tiled else min(rows, page.imagelength - index * rows)

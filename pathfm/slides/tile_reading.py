@@ -228,6 +228,7 @@ class _Stitcher:
 
     def __call__(self, block: Sequence[int]) -> Iterator[tuple[int, TileRead | UnreadableSlideError]]:
         level, cut = self._level, self._cut
+        self._forget(level.first_at(int(cut.boxes[block[0], 1]), cut.shrink))
         decoded: dict[int, Pixels | UnreadableSlideError | None] = {}
         for top, row in groupby(((index, cut.box(index)) for index in block), key=lambda tile: tile[1].top):
             # Rows only go down: what ends above this one is not needed again.
@@ -239,6 +240,12 @@ class _Stitcher:
                 yield index, self._stitch(box, decoded)
         below = level.first_at(int(cut.boxes[block[-1], 3]), cut.shrink)
         self._left_over.update({number: pixels for number, pixels in decoded.items() if number >= below})
+
+    def _forget(self, first: int) -> None:
+        """Lets go of what bands above left and nobody came for."""
+        for number in list(self._left_over):
+            if number < first:
+                self._left_over.pop(number, None)
 
     def _stitch(self, box: Box, decoded: dict[int, Pixels | UnreadableSlideError | None]) -> TileRead | UnreadableSlideError:
         tiles: dict[int, Pixels | None] = {}

@@ -6,16 +6,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 import cv2
 
-from pathfm.errors import PathfmError, StoreError
+from pathfm.errors import PathfmError, StoreError, UnreadableSlideError
 from pathfm.events import Events
 from pathfm.log import get_log, status, track
 from pathfm.slides.cache import SlideCache
+from pathfm.slides.reader import slide_identity
 from pathfm.store.lease import LeaseLostError, Leases
 from pathfm.store.record import Outcome, library_versions
 from pathfm.store.tile_store import open_tiles
@@ -143,10 +145,23 @@ def _work(task: TileTask) -> _Worked:
     cv2.setNumThreads(1)  # the slides are the parallelism, and inside a slide our own threads
     started, slide_id = time.monotonic(), task.row.slide_id
     try:
-        counts, reason = tile_slide(task, task.lease.check if task.lease else None)
+        counts, reason = tile_slide(task, partial(_check, task))
         outcome = Outcome(slide_id, "empty" if reason else "done", reason, counts)
     except LeaseLostError:
         raise
     except PathfmError as error:
         outcome = Outcome(slide_id, "failed", error.reason)
     return _Worked(outcome, time.monotonic() - started)
+
+
+def _check(task: TileTask) -> None:
+    """What must still be true when a store is committed under the fingerprint that its slide had at the start.
+
+    Raises:
+        UnreadableSlideError: the slide (or its local copy) is another one by now, or has gone.
+        LeaseLostError: another process makes it.
+    """
+    if slide_identity(task.path) != task.identity:
+        raise UnreadableSlideError("the slide has changed since the run began", fix="run the same command again")
+    if task.lease:
+        task.lease.check()

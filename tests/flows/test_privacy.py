@@ -209,8 +209,9 @@ def write_pictures(folder: Path, tissue: np.ndarray) -> None:
     info.add_itxt("Title", PATIENT)
     Image.fromarray(tissue).save(folder / "texts.png", pnginfo=info, exif=exif)
     tags = {"software": PATIENT, "datetime": "1948:02:29 10:00:00", "extratags": [(315, "s", 0, PATIENT, True)]}
-    qupath = f'<?xml version="1.0"?><PerkinElmer-QPI-ImageDescription><SlideID>{PATIENT}</SlideID></PerkinElmer-QPI-ImageDescription>'
-    tifffile.imwrite(folder / "tags.tif", tissue, tile=(128, 128), photometric="rgb", description=qupath, metadata=None, **tags)
+    qptiff = "PerkinElmer-QPI-ImageDescription"
+    qptiff = f'<?xml version="1.0"?><{qptiff}><SlideID>{PATIENT}</SlideID></{qptiff}>'
+    tifffile.imwrite(folder / "tags.tif", tissue, tile=(128, 128), photometric="rgb", description=qptiff, metadata=None, **tags)
     write_pyramid(folder / "people.ome.tif", [tissue], TiffOptions("ome", Size(128, 128), comment=PATIENT))
     data = (folder / "people.ome.tif").read_bytes()
     people = f'<Experimenter ID="Experimenter:0" LastName="{PATIENT}"/><Image ID="Image:0" Name="{PATIENT}">'

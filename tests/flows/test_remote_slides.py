@@ -23,8 +23,8 @@ pytest.importorskip("fsspec", reason="the extra `remote` is not installed")
 
 SECRETS = ("hushhush", "topsecret", "jane")
 """Signature, password and user of the addresses."""
-FEW = 40
-"""Requests for one of these slides, whose tiles are about ten times as many."""
+FEW = 60
+"""Requests for one of these slides, whose stored tiles are about ten times as many."""
 WAYS = {
     "shrunk": ["--mpp", "0.5", "--tile-px", "64"],
     "stitched": ["--mpp", "0.25", "--tile-px", "100", "--set", "tile.codec=zstd"],

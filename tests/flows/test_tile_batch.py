@@ -19,6 +19,7 @@ from tests.flows.tile_runs import (
     end,
     events,
     is_plain,
+    leased,
     litter,
     made,
     outcomes,
@@ -71,11 +72,12 @@ def _count(text, status):
 
 
 def _two_at_once(slides, out, undisturbed, delay_s=0.0, **options):
-    first = start(slides, out, **options)
+    settings = ("compute.lease_s=10",)  # the shorter, the sooner is the end of another's work seen
+    first = start(slides, out, *settings, **options)
     if delay_s:
-        wait_until(lambda: litter(out), first)
+        wait_until(lambda: leased(out), first)
         time.sleep(delay_s)
-    second = start(slides, out, **options)
+    second = start(slides, out, *settings, **options)
     for process in (first, second):
         code, told, err = end(process)
         assert code == 0, err
@@ -102,7 +104,7 @@ def larger(tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize("delay_s", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_two_runs_that_start_apart(tmp_path, larger, delay_s, workers):
     _two_at_once(larger[0], tmp_path / "out", larger[1], delay_s, tile_px=32, workers=workers)
@@ -115,7 +117,7 @@ def test_two_runs_over_stale_stores(tmp_path, slides, some, undisturbed):
     assert tile(some, out)[0] == 0
     for slide in slides.iterdir():
         shutil.copy(slide, some)
-    for process in [start(some, out), start(some, out)]:
+    for process in [start(some, out, "compute.lease_s=10") for _ in range(2)]:
         code, _, err = end(process)
         assert code == 0, err
     assert said(out, "slide_done") == dict.fromkeys(NAMES, 2)
@@ -174,7 +176,7 @@ def test_leases_of_a_killed_run_are_taken_over_at_once(tmp_path, slides, undistu
     """With so long a lease the run would otherwise hang."""
     out = tmp_path / "out"
     process = start(slides, out, "compute.lease_s=86400")
-    wait_until(lambda: litter(out), process)
+    wait_until(lambda: leased(out), process)
     os.killpg(process.pid, signal.SIGKILL)
     end(process)
     assert any(name.endswith(".lease") for name in litter(out))
@@ -193,8 +195,6 @@ def test_a_dead_holder_on_another_machine_is_waited_for(tmp_path, slides, undist
     process = start(slides, out, "compute.lease_s=10", "compute.workers=2")
     assert wait_until(lambda: len(made(out)) == 2, process)
     assert made(out) == ["s1", "s2"], "the others do not wait for it"
-    told = lease.read_bytes()
-    assert told == lease.read_bytes()
     store = stores_of(out) / "s0.zarr"
     assert wait_until(store.exists, process)
     # Time stamps of one drive: the store was begun after ten seconds of silence.
@@ -244,9 +244,9 @@ def test_a_holder_that_was_asleep_commits_nothing(tmp_path, slides, undisturbed)
     """A stopped run loses its lease to another machine, which is asleep itself by the time the run wakes up."""
     out = tmp_path / "out"
     process = start(slides, out, "compute.lease_s=10")
-    assert wait_until(lambda: out.is_dir() and list(out.glob("tiles/*/.*.lease")), process)
+    assert wait_until(lambda: leased(out), process)
     os.killpg(process.pid, signal.SIGSTOP)
-    (lease,) = out.glob("tiles/*/.*.lease")
+    (lease,) = leased(out)
     name = lease.name.removeprefix(".").removesuffix(".zarr.lease")
     before = made(out)
     lease.unlink()
@@ -306,7 +306,7 @@ def test_a_full_disk_fails_slides_and_loses_nothing(tmp_path, slides, undisturbe
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.25, 0.4, 0.75, 0.9, 0.95])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.25, 0.75, 0.95])
 def test_a_disk_that_is_full_at_any_moment(tmp_path, larger, share):
     _fills(tmp_path, larger[0], larger[1], share, tile_px=32, workers=2)
 
@@ -332,9 +332,9 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, slides, undisturbed, 
 
 
 @pytest.mark.long
-def test_finished_work_on_a_drive_that_cannot_be_written(tmp_path, slides, undisturbed):
+def test_finished_work_on_a_drive_that_cannot_be_written(tmp_path, slides):
     with _drive(tmp_path / "drive", "64m") as drive:
-        shutil.copytree(undisturbed, drive / "out")
+        assert tile(slides, drive / "out")[0] == 0
         _remount(drive, "ro")
         code, told, err = tile(slides, drive / "out")
         assert (code, err) == (0, "")
@@ -347,7 +347,7 @@ def test_finished_work_on_a_drive_that_cannot_be_written(tmp_path, slides, undis
 def _while_the_first_is_made(some, out, change, **options):
     """Runs with something happening to the slides as soon as the first store is there."""
     process = start(some, out, **options)
-    assert wait_until(lambda: litter(out), process)
+    assert wait_until(lambda: leased(out), process)
     change()
     code, told, err = end(process)
     assert is_plain(err)
@@ -474,7 +474,7 @@ def test_a_shard_makes_its_own_slides_only(tmp_path, slides):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1/0", "half", "1", "1/2/3", "-1/2", "/"])
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1/0", "half", "-1/2"])
 def test_a_wrong_shard_is_refused(tmp_path, slides, text):
     code, _, err = tile(slides, tmp_path / "out", options=(f"--shard={text}",))
     assert (code, len(err.splitlines())) == (2, 1), err
@@ -488,9 +488,7 @@ def test_a_wrong_shard_is_refused(tmp_path, slides, text):
     [
         (("compute.workers=2",), {}),
         (("compute.workers=3", "compute.threads=3"), {}),
-        (("compute.threads=3",), {}),
-        (("compute.workers=0", "compute.threads=0"), {}),
-        ((), {"PYTHONHASHSEED": "0"}),
+        (("compute.workers=0", "compute.threads=0"), {"PYTHONHASHSEED": "0"}),
         ((), {"PYTHONHASHSEED": "4242"}),
         (("compute.lease_s=10",), {"LC_ALL": "C", "TZ": "Asia/Tokyo", "OMP_NUM_THREADS": "4"}),
     ],
@@ -534,7 +532,7 @@ def test_a_slide_that_changes_before_it_is_copied_is_not_taken_for_the_old_one(t
     options = ("--cache-dir", str(tmp_path / "cache"))
     settings = ("compute.cache_gb=0.0002",)  # one at a time
     process = start(some, out, *settings, options=options)
-    assert wait_until(lambda: litter(out), process)
+    assert wait_until(lambda: leased(out), process)
     (other / "s0.svs").rename(some / "s2.svs")
     code, _, err = end(process)
     assert is_plain(err)

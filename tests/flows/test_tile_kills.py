@@ -18,6 +18,7 @@ from tests.flows.tile_runs import (
     end,
     events,
     is_plain,
+    leased,
     litter,
     made,
     outcomes,
@@ -100,7 +101,7 @@ def _finish(slides, out, expected, **options):
 def _kill_in_work(undisturbed, out, seconds, victim):
     """Kills a run, or a part of it, so long after it took its first lease; how long it worked if that was too late, else 0."""
     process = start(undisturbed.slides, out, tile_px=TILE_PX, workers=2)
-    assert wait_until(lambda: out.is_dir() and list(out.glob("tiles/*/.*.lease")), process)
+    assert wait_until(lambda: leased(out), process)
     began = time.monotonic()
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
@@ -112,7 +113,7 @@ def _kill_in_work(undisturbed, out, seconds, victim):
         (os.killpg if victim == "group" else os.kill)(process.pid, signal.SIGKILL)
     hidden, whole = litter(out), made(out)
     code, _, err = end(process)
-    assert is_plain(err)
+    assert is_plain(err) or victim == "parent"  # Python complains of a parent that died while it started a worker
     if victim == "worker":
         failed = [reason for status, reason in outcomes(out).values() if status == "failed"]
         assert len(failed) <= 1
@@ -144,7 +145,7 @@ def test_killed_again_and_again(tmp_path, undisturbed):
     out, dice = tmp_path / "out", random.Random(7)
     for _ in range(6):
         process = start(undisturbed.slides, out, tile_px=TILE_PX, workers=2)
-        wait_until(lambda: litter(out), process)
+        wait_until(lambda: leased(out), process)
         time.sleep(dice.uniform(0.1, 0.4) * undisturbed.seconds)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from pathfm.geometry import Size
 from pathfm.slides.synthetic import SyntheticSpec, write_slide
 from pathfm.store.commit import content_digest
 
-PATIENCE_S = 120.0
+PATIENCE_S = 90.0
 """A run that takes longer hangs."""
 
 
@@ -26,6 +26,11 @@ def write_slides(folder, count, side_px, first_seed=0):
         spec = SyntheticSpec(size_px=Size(side_px, side_px), seed=first_seed + index)
         write_slide(folder / f"s{index}.svs", spec, folder.parent / "lesion.png")
     return folder
+
+
+def leased(out):
+    """The leases that are held: a run that has one is at work."""
+    return sorted(out.glob("tiles/*/.*.lease"))
 
 
 def start(source, out, *settings, tile_px=64, workers=1, options=(), crash_at="", **more):
@@ -43,8 +48,9 @@ def end(process):
     """Waits for the end: exit code, standard output, standard error."""
     try:
         out, err = process.communicate(timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    except BaseException:
+        with process:
+            os.killpg(process.pid, signal.SIGKILL)
         raise
     return process.returncode, out, err
 
@@ -96,7 +102,9 @@ def wait_until(condition, process):
     while not (found := condition()):
         if process.poll() is not None:
             return condition()
-        assert time.monotonic() < deadline, "it never happened"
+        if time.monotonic() >= deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"it never happened: {end(process)}")
         time.sleep(0.002)
     return found
 
