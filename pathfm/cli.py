@@ -77,7 +77,7 @@ def tile(
         "tile.tile_px": tile_px,
         "tile.assume_mpp": assume_mpp,
         "out": out and out.absolute(),
-        "compute.shard": shard,
+        "compute.shard": shard or None,
         "compute.cache_dir": cache_dir and cache_dir.absolute(),
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]

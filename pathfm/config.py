@@ -63,10 +63,15 @@ _TextDumper.add_representer(
 )
 
 
+PATHS = frozenset({"out", "cohort.table", "cohort.tile_labels", "tile.coords", "tile.tissue.annotations", "compute.cache_dir"})
+"""Settings that are one path."""
+
+
 def load_study(path: Path | None, overrides: Sequence[str] = ()) -> Study:
     """The study in a YAML file, with overrides such as ``tile.mpp=0.5`` applied; no file means all defaults.
 
-    Relative paths (``out`` and those of ``cohort``) start at the study file's folder, or at the current folder without a file.
+    Relative paths start at the study file's folder, or at the current folder without a file; those of overrides, which people
+    type, at the current folder.
 
     Raises:
         UsageError: unreadable file, YAML that is broken or gives a key twice, unknown settings ("did you mean"), values that
@@ -76,7 +81,7 @@ def load_study(path: Path | None, overrides: Sequence[str] = ()) -> Study:
     source = "study" if path is None else str(path)
     problems: list[str] = []
     for override in overrides:
-        problem = _apply(tree, override)
+        problem = _apply(tree, _from_here(override))
         problems += [problem] if problem else []
     known = _without_unknown(tree, Study, "", problems)
     try:
@@ -118,6 +123,15 @@ def bullet_list(problems: Sequence[str], limit: int = 100) -> str:
         return problems[0]
     more = [f"... and {len(problems) - limit} more"] if len(problems) > limit else []
     return "".join([f"{len(problems)} problems", *(f"\n  - {line}" for line in [*problems[:limit], *more])])
+
+
+def _from_here(override: str) -> str:
+    """An override whose relative path starts at the current folder."""
+    name, _, text = override.partition("=")
+    value = text.strip()
+    if name.strip() not in PATHS or not value or value in {"null", "~"} or value[0] in "\"'[":
+        return override
+    return f"{name}={json.dumps(str(Path.cwd() / value))}"
 
 
 def _read_tree(path: Path) -> dict[str, object]:

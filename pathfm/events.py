@@ -22,13 +22,11 @@ from pathfm.workers import ProcessName
 _SLIDE = frozenset({"stage", "slide_id", "seconds", "counts", "reason"})
 KINDS: Mapping[str, frozenset[str]] = {
     "run_started": frozenset({"stage", "versions", "settings", "slides", "shard"}),
-    "run_ended": frozenset({"stage", "exit_code", "seconds", "counts"}),
+    "run_ended": frozenset({"stage", "seconds", "counts"}),
     "slide_started": _SLIDE,
     "slide_done": _SLIDE,
     "slide_empty": _SLIDE,
     "slide_failed": _SLIDE,
-    "slide_kept": _SLIDE,
-    "slide_waiting": _SLIDE,
     "progress": frozenset({"stage", "done", "total", "eta_s"}),
 }
 """Every kind of event and the fields it may have, besides time, kind, host, pid and run."""

@@ -7,9 +7,9 @@ fingerprint. What cannot change a result (workers, devices, inference batch) liv
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -52,7 +52,7 @@ class TissueSettings(Settings):
     """Tissue pieces smaller than this are dropped [um2]."""
     max_hole_um2: NonNegative = 40_000.0
     """Holes in the tissue smaller than this are filled [um2]."""
-    thumbnail_px: Positive = 2048
+    thumbnail_px: Annotated[int, Field(ge=64)] = 2048
     """Longer side of the thumbnail the mask is made on [px]."""
     background: Literal["bright", "dark"] = "bright"
     """bright: transmitted light, where a slide on black is refused by name; dark: fluorescence, where tissue is what is lit
@@ -65,6 +65,12 @@ class TissueSettings(Settings):
     """Classes of annotated regions that tiles must lie in; with none, annotations only leave out."""
     exclude: tuple[str, ...] = ()
     """Classes of annotated regions that are left out."""
+
+    @model_validator(mode="after")
+    def _classes_need_regions(self) -> Self:
+        if (self.include or self.exclude) and self.annotations is None:
+            raise ValueError("include and exclude need annotations, the folder of GeoJSON files")
+        return self
 
 
 class FilterSettings(Settings):
@@ -98,11 +104,11 @@ class TileSettings(Settings):
 
     mpp: PositiveFloat | Literal["native"] | Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = 0.5
     """Resolution of the tiles [um per px], or several; native: level 0 as it is, also for images whose mpp is unknown."""
-    tile_px: Positive = 224
+    tile_px: Annotated[int, Field(ge=16, le=16_384)] = 224
     """Side of a tile [px]."""
     overlap_px: Count = 0
     """How far neighbouring tiles overlap [px]."""
-    keep_px: Positive | None = None
+    keep_px: Annotated[int, Field(ge=16, le=16_384)] | None = None
     """Side of the region stored around each tile, larger than the tile, as room for crops [px]; none: the tile itself."""
     edge: Literal["drop", "pad"] = "drop"
     """Tiles partly outside the scan: drop them, or pad with white and flag them in the column `outside`."""
@@ -127,12 +133,25 @@ class TileSettings(Settings):
     """JPEG quality of stored tiles."""
     shard_tiles: Positive = 256
     """Tiles per shard file."""
-    keep_thumbnail_px: Positive = 1024
+    keep_thumbnail_px: Annotated[int, Field(ge=64)] = 1024
     """Longer side of the thumbnail kept in the store [px]."""
     reader: Literal["auto", "openslide"] = "auto"
     """auto: compressed tiles are read directly where that is proved equal to OpenSlide; openslide: never."""
     coords: Path | None = None
     """Folder of coordinate files of other tools (CLAM, TRIDENT, STAMP, LazySlide), <slide_id>.*, instead of our own grid."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.overlap_px >= self.tile_px:
+            raise ValueError("overlap_px must be smaller than tile_px")
+        if self.keep_px is not None and self.keep_px < self.tile_px:
+            raise ValueError("keep_px must be at least tile_px")
+        several = self.mpp if isinstance(self.mpp, tuple) else ()
+        if len({f"{mpp:g}" for mpp in several}) < len(several):
+            raise ValueError("mpp names a resolution twice")
+        if self.coords is not None and (several or self.keep_px or self.overlap_px):
+            raise ValueError("coords come as they are: one mpp, no keep_px, no overlap_px")
+        return self
 
 
 class CropSettings(Settings):
@@ -333,6 +352,13 @@ class ComputeSettings(Settings):
     """Most that the cache may hold [GB]."""
     lease_s: Annotated[float, Field(ge=10.0)] = 120.0
     """A slide whose worker on another machine has shown no sign of life for so long is taken over [s]."""
+
+    @model_validator(mode="after")
+    def _shard_exists(self) -> Self:
+        index, _, count = self.shard.partition("/")
+        if self.shard and not 1 <= int(index) <= int(count):
+            raise ValueError("shard must be i/n, with i from 1 to n")
+        return self
 
 
 class Study(Settings):

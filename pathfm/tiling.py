@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study
-from pathfm.workers import usable_cores
-from pathfm.workflow import begin, open_study
+from pathfm.workers import map_isolated, usable_cores
+from pathfm.workflow import Run, begin, open_study
 
 if TYPE_CHECKING:
     from pathfm.report.tiles_page import TilesRow
+    from pathfm.store.cohort import SlideRow
     from pathfm.tile.check import EncoderNeeds
 
 log = get_log(__name__)
@@ -23,14 +25,18 @@ log = get_log(__name__)
 
 def check(study: Study) -> ExitCode:
     """``pathfm tile --check``: says what tiling would do, and does nothing. Exit code 3 when a slide could not be tiled."""
-    from pathfm.tile.check import check_table, examine
+    from pathfm.tile.check import CheckRow, check_table, examine
     from pathfm.tile.stage import shard_of
 
     rows = shard_of(begin(study).cohort.rows, study.compute.shard)
-    encoder = _encoder_needs(study)
-    checked = [examine(row, study.tile, encoder) for row in track(rows, "check", len(rows))]
-    say(check_table(checked, study.compute.workers or usable_cores()))
-    return ExitCode.SOME_FAILED if any(row.problem for row in checked) else ExitCode.DONE
+    work = partial(examine, settings=study.tile, encoder=_encoder_needs(study))
+    found = map_isolated(work, rows, study.compute.workers, study.compute.slide_timeout_s)
+    checked = {
+        row.slide_id: result if isinstance(result, CheckRow) else CheckRow(row.slide_id, problem=result.reason)
+        for row, result in track(found, "check", len(rows))
+    }
+    say(check_table([checked[row.slide_id] for row in rows], study.compute.workers or usable_cores()))
+    return ExitCode.SOME_FAILED if any(row.problem for row in checked.values()) else ExitCode.DONE
 
 
 def _encoder_needs(study: Study) -> EncoderNeeds | None:
@@ -45,14 +51,20 @@ def _encoder_needs(study: Study) -> EncoderNeeds | None:
     return EncoderNeeds(study.extract.encoder, side) if side else None
 
 
-def write_page(layout: Layout, report: StageReport) -> None:
-    """Writes the page with all slides of the stage, for people to look at: ``tiles/<spec>/index.html``."""
+def write_page(layout: Layout, report: StageReport) -> Path | None:
+    """Writes the page with all slides of the stage, for people to look at, and says what it flags; None without its library."""
     from pathfm.report.tiles_page import write_tiles_page
 
     try:
-        write_tiles_page(layout.tiles, layout.spec, [_row(layout, outcome) for outcome in report.outcomes])
+        rows = [_row(layout, outcome) for outcome in report.outcomes]
+        page = write_tiles_page(layout.tiles, layout.spec, rows)
     except MissingExtraError as error:
         log.warning("no page of the slides: %s", error)
+        return None
+    for row in rows:
+        for note in row.notes:
+            status(row.slide_id, "note", note)
+    return page
 
 
 def _row(layout: Layout, outcome: Outcome) -> TilesRow:
@@ -93,8 +105,8 @@ def export(source: Path, format: str, out: Path) -> ExitCode:
 
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}", where="--format", fix=f"one of {', '.join(FORMATS)}")
-    stores = _stores_in(source)
-    outcomes = tuple(track(export_stores(stores, out, format), "export", len(stores)))
+    stores, missing = _stores_in(source)
+    outcomes = (*missing, *track(export_stores(stores, out, format), "export", len(stores)))
     for outcome in outcomes:
         if outcome.status != "done":
             status(outcome.slide_id, outcome.status, outcome.reason)
@@ -103,15 +115,25 @@ def export(source: Path, format: str, out: Path) -> ExitCode:
     return report.exit_code
 
 
-def _stores_in(source: Path) -> list[Path]:
-    """One store, the stores of a folder, or those of a study's last tiling."""
+def _stores_in(source: Path) -> tuple[list[Path], list[Outcome]]:
+    """One store, the stores of a folder, or those of a study; and the study's slides that have none which is up to date."""
     if source.suffix == ".zarr":
-        return [source]
+        return [source], []
     if source.is_dir() and (found := sorted(source.glob("*.zarr"))):
-        return found
+        return found, []
     run = begin(open_study(source))
-    stores = [run.layout.store(row.slide_id) for row in run.cohort.rows]
-    present = [store for store in stores if store.is_dir()]
-    if not present:
-        raise UsageError("no tile stores", where=str(source), fix="run `pathfm tile` first")
-    return present
+    stores = {row.slide_id: run.layout.store(row.slide_id) for row in run.cohort.rows if _is_current(run, row)}
+    if not stores:
+        raise UsageError("no up-to-date tile stores", where=str(source), fix="run `pathfm tile` first")
+    missing = [row.slide_id for row in run.cohort.rows if row.slide_id not in stores]
+    return list(stores.values()), [Outcome(name, "failed", "no up-to-date store (run `pathfm tile`)") for name in missing]
+
+
+def _is_current(run: Run, row: SlideRow) -> bool:
+    """Whether a slide has the store that tiling would make now."""
+    from pathfm.tile.stage import store_is_current
+
+    try:
+        return store_is_current(open_tiles(run.layout.store(row.slide_id)), row, run.study.tile)
+    except StoreError:
+        return False

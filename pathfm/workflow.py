@@ -99,7 +99,12 @@ def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Stud
     if out is None:
         raise UsageError("no output folder", fix="add --out DIR")
     # An output folder that has settings keeps them: a table that brings the labels later must not undo how tiles were made.
-    study = open_study(out, overrides) if (out / "study.yaml").is_file() else load_study(None, overrides)
+    kept = (out / "study.yaml").is_file()
+    # What kind of sources these are is said with them.
+    plain = ["cohort.folder_of_tiles=false"] if kept else []
+    if kept:
+        status("study.yaml", "kept", f"settings of {out / 'study.yaml'} are used where the command line says nothing else")
+    study = open_study(out, [*plain, *overrides]) if kept else load_study(None, overrides)
     return study.model_copy(update={"cohort": study.cohort.model_copy(update=cohort_of(sources))})
 
 
@@ -123,15 +128,28 @@ def begin(study: Study) -> Run:
     """Checks the cohort, whole, before any work."""
     from pathfm.tile.stage import tile_settings_digest
 
+    _check_places(study)
     cohort = load_cohort(study.cohort, Path.cwd(), _find_slides)
     layout = Layout(study.out, tile_spec(study.tile, tile_settings_digest(study.tile)))
     sweep(study.out)
     return Run(study, cohort, layout)
 
 
+def _check_places(study: Study) -> None:
+    """Folders that settings name must be there, and the output must be a folder: a mistyped one must not mean "none"."""
+    for name, folder in {"tile.tissue.annotations": study.tile.tissue.annotations, "tile.coords": study.tile.coords}.items():
+        if folder is not None and not folder.is_dir():
+            raise UsageError("there is no such folder", where=f"{name}={folder}", fix="check the path")
+    existing = next(place for place in (study.out, *study.out.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise UsageError("not a folder", where=str(existing), fix="choose another output folder")
+
+
 def _keep_settings(run: Run) -> None:
     """Keeps the resolved settings in the output folder, for the commands that follow; called once they have proved usable."""
-    text, file = dump_study(run.study), run.layout.study_file
+    # What concerns this run alone must not decide about the next: a shard would hide the other slides.
+    compute = run.study.compute.model_copy(update={"shard": "", "cache_dir": None})
+    text, file = dump_study(run.study.model_copy(update={"compute": compute})), run.layout.study_file
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         with commit_file(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -223,10 +241,14 @@ def run_tiling(run: Run) -> None:
     report = run_tile(run.study, run.cohort, run.layout)
     run.note(report)
     run.stores = None
-    if not report.did_nothing or not (run.layout.tiles / "index.html").is_file():
+    # Every job of an array would write the same page again.
+    wanted = not report.did_nothing or not (run.layout.tiles / "index.html").is_file()
+    if wanted and not run.study.compute.shard:
         from pathfm.tiling import write_page
 
-        write_page(run.layout, read_record(run.layout.tiles) or report)
+        page = write_page(run.layout, read_record(run.layout.tiles) or report)
+        if page:
+            say(f"page: {page}")
 
 
 def _stores(run: Run) -> dict[str, Path]:

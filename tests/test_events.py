@@ -35,7 +35,7 @@ def test_events_say_when_who_and_what(tmp_path):
 def test_a_second_run_appends(tmp_path):
     for _ in range(2):
         with Events(tmp_path) as events:
-            events.write("run_ended", stage="tile", exit_code=0, seconds=1.0, counts={})
+            events.write("run_ended", stage="tile", seconds=1.0, counts={})
     assert len({line["run"] for line in lines(events)}) == 2
     assert [path.name for path in tmp_path.iterdir()] == [events.path.name]
     assert events.path.name.startswith("events-")

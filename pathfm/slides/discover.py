@@ -47,7 +47,8 @@ def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False) -> Di
 
     A ``slide_id`` is the path relative to the searched folder without its suffix, ``/`` written as ``__``; slides that differ
     in the suffix alone keep it. A folder with nothing but one DICOM series is one slide. A file that is named outright is a
-    slide whatever its suffix.
+    slide whatever its suffix. Links are followed, but not back into a folder on the way to them; hidden folders, tile stores
+    and output folders of pathfm are not searched.
 
     Args:
         sources: folders, globs or files.
@@ -64,7 +65,7 @@ def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False) -> Di
             continue
         for path, base in _expand(Path(source)):
             if path.is_dir():
-                found = _tile_folders(path) if folder_of_tiles else _search(path, ignored)
+                found = _tile_folders(path, ()) if folder_of_tiles else _search(path, (), ignored)
                 candidates += [_Candidate(each, path if base is None else base) for each in found]
             else:
                 candidates.append(_Candidate(path, base or path.parent))
@@ -87,13 +88,32 @@ def _expand(source: Path) -> Iterator[tuple[Path, Path | None]]:
     if not matches:
         raise UsageError("nothing matches", where=text, fix="check the pattern, and quote it on the command line")
     for match in matches:
-        yield match, base
+        depth = len(match.relative_to(base).parts)
+        if not any(_is_output(path) for path in [match, *match.parents][:depth]):
+            yield match, base
 
 
-def _search(folder: Path, ignored: list[Path]) -> Iterator[Path]:
-    """Slides in a folder and below it."""
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in entries if path.is_file()]
+def _is_output(path: Path) -> bool:
+    """Whether pathfm has made a folder: its pictures are no slides."""
+    return path.suffix == ".zarr" or ((path / "study.yaml").is_file() and (path / "tiles").is_dir())
+
+
+def _folders(entries: Sequence[Path], way: Sequence[Path]) -> Iterator[Path]:
+    """The folders to search among the entries of a folder; ``way``: the real places of that folder and of those above it."""
+    for path in entries:
+        if path.is_dir() and not _is_output(path) and path.resolve() not in way:
+            yield path
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _search(folder: Path, above: Sequence[Path], ignored: list[Path]) -> Iterator[Path]:
+    """Slides in a folder and below it; ``above``: the real places of the folders that led here."""
+    entries, way = _visible(folder), [*above, folder.resolve()]
+    # A link to nothing is listed too: it fails by its name.
+    files = [path for path in entries if path.is_file() or not path.exists()]
     series = _dicom_slides(folder, files, alone=len(files) == len(entries))
     suffixes = {path.suffix.lower() for path in files}
     companions: set[str] = set().union(*(COMPANIONS.get(suffix, set()) for suffix in suffixes))
@@ -107,10 +127,10 @@ def _search(folder: Path, ignored: list[Path]) -> Iterator[Path]:
         else:
             ignored.append(path)
     mirax = {path.stem for path in files if path.suffix.lower() == ".mrxs"}
-    for path in entries:
-        # A MIRAX slide keeps its data in a folder of its own name; tile stores are pathfm's own output.
-        if path.is_dir() and path.name not in mirax and path.suffix != ".zarr":
-            yield from _search(path, ignored)
+    for path in _folders(entries, way):
+        # A MIRAX slide keeps its data in a folder of its own name.
+        if path.name not in mirax:
+            yield from _search(path, way, ignored)
 
 
 def _dicom_slides(folder: Path, files: Sequence[Path], alone: bool) -> list[Path]:
@@ -130,11 +150,13 @@ def _dicom_slides(folder: Path, files: Sequence[Path], alone: bool) -> list[Path
     return list(firsts.values())
 
 
-def _tile_folders(folder: Path) -> Iterator[Path]:
-    """Folders that directly hold tile pictures, the searched one included."""
-    for path in [folder, *sorted(each for each in folder.rglob("*") if each.is_dir())]:
-        if any(is_tile_name(each.name) and not each.name.startswith(".") for each in path.iterdir() if each.is_file()):
-            yield path
+def _tile_folders(folder: Path, above: Sequence[Path]) -> Iterator[Path]:
+    """Folders that directly hold tile pictures, the searched one included; ``above`` as for ``_search``."""
+    entries, way = _visible(folder), [*above, folder.resolve()]
+    if any(is_tile_name(path.name) and path.is_file() for path in entries):
+        yield folder
+    for path in _folders(entries, way):
+        yield from _tile_folders(path, way)
 
 
 def _named(candidates: Sequence[_Candidate]) -> Iterator[FoundSlide]:

@@ -186,7 +186,14 @@ def is_tile_folder(path: Path) -> bool:
     return path.is_dir() and not dicom_files(path)
 
 
+def _check_kind(path: Path) -> None:
+    """Refuses what would block whoever opens it."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise unreadable("no file but a pipe, socket or device", path, "leave it out")
+
+
 def _check_file(path: Path) -> None:
+    _check_kind(path)
     try:
         with path.open("rb") as file:
             if not file.read(1):
@@ -287,6 +294,7 @@ def slide_identity(path: Path) -> str:
     digest = hashlib.sha256()
     if is_remote(path):
         return _file_identity(path)
+    _check_kind(path)
     try:
         if path.suffix.lower() == ".mrxs" and companion.is_dir():
             digest.update((_file_identity(path) + _folder_identity(companion)).encode())

@@ -72,7 +72,7 @@ def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = 
     rows = tuple(SlideRow(slide_id, path) for slide_id, path in sorted(found))
     if not rows:
         raise UsageError("no slides were found", where=", ".join(settings.slides), fix="check cohort.slides")
-    problems = [f"{row.path}: {problem}" for row in rows if (problem := id_problem(row.slide_id))]
+    problems = [f"{_shown(row.path)}: {problem}" for row in rows if (problem := id_problem(row.slide_id))]
     _refuse(problems + _clashes(rows), "cohort.slides")
     return Cohort(rows)
 
@@ -196,6 +196,12 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _shown(path: Path) -> str:
+    """A path in one line of text that every terminal can take."""
+    text = public_name(path)
+    return text if text.isprintable() else ascii(text)
 
 
 def _exists(path: Path) -> bool:

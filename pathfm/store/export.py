@@ -11,9 +11,10 @@ import filecmp
 import io
 import itertools
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -21,7 +22,7 @@ import cv2
 from pathfm import jpeg
 from pathfm.errors import PathfmError, StoreError, UsageError
 from pathfm.store.cohort import id_problem
-from pathfm.store.commit import commit_dir, commit_file, content_digest
+from pathfm.store.commit import commit_dir, commit_file
 from pathfm.store.interop.clam import write_clam
 from pathfm.store.interop.geojson import measurements, tiles_geojson, tissue_geojson, write_geojson
 from pathfm.store.interop.trident import write_trident
@@ -95,26 +96,28 @@ def export_stores(stores: Sequence[Path], folder: Path, format: str) -> Iterator
             yield Outcome(store.slide_id, "done" if tiles else "empty", reason, {"tiles": tiles, "written": written})
 
 
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """As ``commit_file``, but refuses to replace other content."""
-    with commit_file(path) as temporary:
-        yield temporary
-        if path.exists() and not (path.is_file() and filecmp.cmp(path, temporary, shallow=False)):
-            raise _taken(path)
+class _IsThere(Exception):
+    """What was to be written is in its place already."""
 
 
 @contextmanager
-def _new_dir(path: Path) -> Iterator[Path]:
-    """As ``commit_dir``, but refuses to replace other content."""
-    with commit_dir(path) as temporary:
+def _new(commit: Callable[[Path], AbstractContextManager[Path]], path: Path) -> Iterator[Path]:
+    """As ``commit``, but touches nothing that is there: the same content is left as it is, anything else is refused."""
+    with suppress(_IsThere), commit(path) as temporary:
         yield temporary
-        if path.exists() and content_digest(path) != content_digest(temporary):
-            raise _taken(path)
+        if os.path.lexists(path):
+            if _is_same(path, temporary):
+                raise _IsThere
+            raise StoreError("something else is here already", where=str(path), fix="choose another folder, or remove it")
 
 
-def _taken(path: Path) -> StoreError:
-    return StoreError("something else is here already", where=str(path), fix="choose another folder, or remove it")
+def _is_same(theirs: Path, ours: Path) -> bool:
+    """Whether two files have the same bytes, or two folders the same names, hidden ones included, with the same content."""
+    if not ours.is_dir():
+        return theirs.is_file() and filecmp.cmp(theirs, ours, shallow=False)
+    if not theirs.is_dir() or {path.name for path in theirs.iterdir()} != {path.name for path in ours.iterdir()}:
+        return False
+    return all(_is_same(theirs / path.name, path) for path in ours.iterdir())
 
 
 def _png(store: TileStore, index: int) -> bytes:
@@ -142,7 +145,7 @@ def _write_jpeg(store: TileStore, folder: Path) -> list[Path]:
 def _write_pictures(store: TileStore, folder: Path, ending: str, encode: Callable[[TileStore, int], bytes]) -> list[Path]:
     """A folder of pictures ``<x>_<y>`` with a table of them."""
     taken: dict[str, int] = {}
-    with _new_dir(folder) as temporary, (temporary / TABLE).open("w", encoding="utf-8", newline="") as stream:
+    with _new(commit_dir, folder) as temporary, (temporary / TABLE).open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(["file", "x_level0", "y_level0", "side_level0", "mpp", *store.quality_names])
         for index, (x, y) in enumerate(store.xy_level0.tolist()):
@@ -163,7 +166,7 @@ def _write_webdataset(store: TileStore, folder: Path) -> list[Path]:
     written = []
     for start in range(0, len(store), TAR_TILES):
         shard = folder / f"{key}-{start // TAR_TILES:06d}.tar"
-        with _new_file(shard) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        with _new(commit_file, shard) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for index in range(start, min(start + TAR_TILES, len(store))):
                 _add(tar, f"{key}_{index:08d}.{ending}", encode(store, index))
                 _add(tar, f"{key}_{index:08d}.json", _facts(store, index))
@@ -196,21 +199,21 @@ def _facts(store: TileStore, index: int) -> bytes:
 
 def _write_clam(store: TileStore, folder: Path) -> list[Path]:
     path = folder / "patches" / f"{store.slide_id}.h5"
-    with _new_file(path) as temporary:
+    with _new(commit_file, path) as temporary:
         write_clam(temporary, store)
     return [path]
 
 
 def _write_trident(store: TileStore, folder: Path) -> list[Path]:
     path = folder / "patches" / f"{store.slide_id}_patches.h5"
-    with _new_file(path) as temporary:
+    with _new(commit_file, path) as temporary:
         write_trident(temporary, store)
     return [path]
 
 
 def _write_geojson(store: TileStore, folder: Path) -> list[Path]:
     path = folder / f"{store.slide_id}.geojson"
-    with _new_file(path) as temporary:
+    with _new(commit_file, path) as temporary:
         mask, scale = store.tissue, store.thumbnail_downsample
         outlines = tissue_geojson(mask, scale, store.slide_id) if mask is not None else iter(())
         write_geojson(temporary, itertools.chain(outlines, tiles_geojson(store)))

@@ -53,7 +53,7 @@ BEATS, WATCH = 6, 1 / 3
 """Signs of life per ``ttl_s``; share of ``ttl_s`` that a lease must have been seen unchanged, whatever clocks say."""
 _PUT_BACK_S = 1.0
 """Another may have caught this lease by mistake, and is about to put it back [s]."""
-POLL_S = 10.0
+POLL_S = 2.0
 """Longest time between looks at slides that others hold [s]."""
 
 Task = TypeVar("Task")

@@ -49,11 +49,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage did: its outcome rows, in slide order."""
+    """What a stage did: its outcome rows, in slide order, and on how many slides it worked (0 also when it does not say)."""
 
     stage: str
     outcomes: tuple[Outcome, ...] = ()
     note: str = ""
+    worked: int = 0
 
     @property
     def statuses(self) -> Counter[str]:
@@ -68,7 +69,7 @@ class StageReport:
     @property
     def did_nothing(self) -> bool:
         """Whether everything was up to date."""
-        return not self.statuses["done"] and not self.statuses["failed"]
+        return not self.worked and not self.statuses["done"] and not self.statuses["failed"]
 
 
 def library_versions() -> dict[str, str]:

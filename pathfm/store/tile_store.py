@@ -5,6 +5,7 @@ Written and read directly (``shards.py``), while the folder stays a plain zarr g
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +22,8 @@ from pathfm import jpeg
 from pathfm.errors import StoreError
 from pathfm.geometry import Box, Size
 from pathfm.store import zarr_jpeg
-from pathfm.store.commit import read_json, recover
-from pathfm.store.shards import ShardReader, write_shard
+from pathfm.store.commit import commit_dir, read_json, recover
+from pathfm.store.shards import CRC_BYTES, ShardReader, write_shard
 
 FORMAT = "pathfm-tile-store"
 VERSION = 2
@@ -241,6 +242,29 @@ class TileStore:
             raise StoreError("the store has coordinates only", where=str(self.path), fix=fix)
         return self._shards.read(index)
 
+    def is_whole(self) -> bool:
+        """Whether no array or shard of any resolution is absent or cut short, told by metadata and the shards' ends alone."""
+        try:
+            return all(open_tiles(self.path, mpp)._has_all() for mpp in self.scales or (None,))
+        except (StoreError, OSError):
+            return False
+
+    def _has_all(self) -> bool:
+        count, slots = len(self), self.attrs["shard_tiles"]
+        shapes = {"xy_level0": [count, 2], "quality": [count, len(self.quality_names)]}
+        if self.has_pixels:
+            shapes["tiles"] = [count, self.tile_px, self.tile_px, 3]
+        if any(read_json(self.path / name / "zarr.json").get("shape") != shape for name, shape in shapes.items()):
+            return False
+        starts = range(0, count, slots) if self.has_pixels else ()
+        return all(self._has_shard(start // slots, min(slots, count - start)) for start in starts)
+
+    def _has_shard(self, shard: int, tiles: int) -> bool:
+        handle, index = self._shards._shard(shard)
+        end = os.fstat(handle).st_size - index.nbytes - CRC_BYTES
+        offsets, lengths = index[:tiles].T
+        return bool(np.all((offsets <= end) & (lengths > 0) & (lengths <= end - offsets)))
+
     @property
     def scales(self) -> tuple[float, ...]:
         """The resolutions [um per px] of a store that has several; ``open_tiles(path, mpp)`` opens one."""
@@ -269,9 +293,8 @@ class TileStore:
             array = self._group[name]
             return np.asarray(array[...]) if isinstance(array, zarr.Array) else np.empty(0)
         except (KeyError, OSError, ValueError, RuntimeError) as error:
-            raise StoreError(
-                f"array {name} is damaged or absent", where=str(self.path), fix="delete the store and tile again"
-            ) from error
+            fix = "delete the store and tile again"
+            raise StoreError(f"array {name} is damaged or absent", where=str(self.path), fix=fix) from error
 
     @cached_property
     def xy_level0(self) -> npt.NDArray[np.int64]:
@@ -359,7 +382,6 @@ def write_tiles(
 
     Without ``xy_level0`` the tiles are laid out as a mosaic flagged ``coords: synthetic``.
     """
-    from pathfm.store.commit import commit_dir
     from pathfm.store.mosaic import mosaic
 
     count, side = len(images), images.shape[1]

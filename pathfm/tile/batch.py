@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import NamedTuple, Self
 
 import cv2
 
+from pathfm.config import fingerprint
 from pathfm.errors import PathfmError, StoreError, UnreadableSlideError
 from pathfm.events import Events
 from pathfm.log import get_log, status, track
@@ -70,7 +72,10 @@ class Batch:
         """Works off the tasks; slides that others hold come last, and count as kept when those have made them."""
         started = time.monotonic()
         shard = {"shard": self._compute.shard} if self._compute.shard else {}
-        self._events.write("run_started", stage=STAGE, versions=library_versions(), slides=len(tasks), **shard)
+        digest = fingerprint(tasks[0].settings.model_dump(mode="json"))
+        about = {"versions": library_versions(), "settings": digest, "slides": len(tasks), **shard}
+        self._events.write("run_started", stage=STAGE, **about)
+        self._started, self._done, self._total = started, 0, len(tasks)
         try:
             self._work_off(tasks, self._cache)
             # Who took a lease over has mostly made the slide by now.
@@ -78,11 +83,14 @@ class Batch:
             if lost:
                 self._work_off(lost, None)
             self._leases.sweep(self._folder)
+            why = "other processes keep taking it over (run the same command again)"
         except StoreError as error:
             # The folder cannot be written any more: what is made stays made, the rest says why it is not.
-            for task in tasks:
-                self._outcomes.setdefault(task.row.slide_id, Outcome(task.row.slide_id, "failed", error.reason))
-        self._events.write("run_ended", stage=STAGE, seconds=round(time.monotonic() - started, 3))
+            why = error.reason
+        for task in tasks:
+            self._outcomes.setdefault(task.row.slide_id, Outcome(task.row.slide_id, "failed", why))
+        counts = Counter(self._outcomes[task.row.slide_id].status for task in tasks)
+        self._events.write("run_ended", stage=STAGE, seconds=round(time.monotonic() - started, 3), counts=dict(counts))
 
     def _work_off(self, tasks: Sequence[TileTask], cache: SlideCache | None) -> None:
         workers = min(self._workers, len(tasks))
@@ -117,13 +125,19 @@ class Batch:
             status(outcome.slide_id, "done", told(outcome.counts))
         about = {"seconds": round(result.seconds, 3), "counts": dict(outcome.counts), "reason": outcome.reason}
         self._events.write(f"slide_{outcome.status}", stage=STAGE, slide_id=outcome.slide_id, **about)
+        self._done += 1
+        eta_s = (time.monotonic() - self._started) / self._done * (self._total - self._done)
+        self._events.write("progress", stage=STAGE, done=self._done, total=self._total, eta_s=round(eta_s, 1))
 
 
 def told(counts: Mapping[str, int | float]) -> str:
     """Counts of tiles in words, what occurred only: ``548 tiles of 972, no tissue 411, pen 13``."""
-    dropped = [f"{name} {count:,}" for name, count in counts.items() if count and name not in {KEPT, "grid", "files"}]
-    places = counts.get("grid", counts.get("files", 0))
-    return ", ".join([f"{counts.get(KEPT, 0):,} tiles of {places:,}", *dropped])
+    told_apart = {KEPT, "grid", "files"}
+    others = [f"{name} {count:,}" for name, count in counts.items() if count and name not in told_apart]
+    places = counts.get("grid", 0) + counts.get("files", 0)
+    # Other resolutions first: they are no reasons.
+    others.sort(key=lambda other: not other.startswith(KEPT))
+    return ", ".join([f"{counts.get(KEPT, 0):,} tiles of {places:,}", *others])
 
 
 def is_made(task: TileTask, outcomes: dict[str, Outcome]) -> bool:
@@ -132,7 +146,7 @@ def is_made(task: TileTask, outcomes: dict[str, Outcome]) -> bool:
         store = open_tiles(task.store)
     except StoreError:
         return False
-    if store.fingerprint not in task.fingerprints:
+    if store.fingerprint not in task.fingerprints or not store.is_whole():
         return False
     reason = store.attrs.get("empty_reason", "")
     slide_id = task.row.slide_id

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pathfm.errors import SlideError, StoreError
+from pathfm.errors import PathfmError, SlideError, UnreadableSlideError
 from pathfm.geometry import Mpp, Size, best_level, fit_within
 from pathfm.slides.reader import Level, SlideReader, is_tile_folder, open_slide
 from pathfm.slides.tile_folder import TileFolder
 from pathfm.store.cohort import SlideRow
 from pathfm.study import TileSettings
+from pathfm.tile.folder import check_settings
 from pathfm.tile.grid import Grid
 from pathfm.tile.scene import look, slide_grids, slide_scale
 
@@ -23,6 +25,8 @@ BYTES_PER_PX = {"auto": 0.21, "jpeg": 0.21, "zstd": 2.1, "none": 0.0}
 DIRECT_MS, OTHER_MS = 1.3, 9.0
 """CPU per tile of 256 px that is read at half the resolution of its level, tile columns and codec included [ms]."""
 REFERENCE_PX = 256
+LOOKED_AT = 20
+"""Pictures of a folder of tiles, at most, whose size is asked."""
 HEADER = ("slide", "kind", "size px", "levels", "mpp", "from", "reads", "tile mpp", "tiles", "MB", "min")
 
 
@@ -113,7 +117,7 @@ def examine(row: SlideRow, settings: TileSettings, encoder: EncoderNeeds | None 
             scale = slide_scale(reader.metadata, row, settings)
             known = replace(known, mpp=scale.mpp, mpp_source=scale.source, notes=scale.notes)
             return _planned(known, row, reader, settings, encoder)
-    except (SlideError, StoreError) as error:
+    except PathfmError as error:
         return replace(known, problem=error.reason)
 
 
@@ -182,12 +186,28 @@ def _tissue(
 
 def _folder(row: SlideRow, settings: TileSettings, encoder: EncoderNeeds | None) -> CheckRow:
     """A folder of pre-cut tiles: all of them, at the mpp that is given for them."""
-    count, mpp = len(TileFolder(row.path)), row.mpp or settings.assume_mpp
+    folder, mpp = TileFolder(row.path), row.mpp or settings.assume_mpp
+    _refuse(folder, settings)
+    count = len(folder)
     source = "cohort table" if row.mpp else "assumed" if mpp else "unknown"
     seen = effective_mpp(mpp, settings.tile_px, encoder.input_px) if encoder else None
     scale = CheckedScale(mpp, seen, None, 1, count, count, settings.tile_px)
     known = CheckRow(row.slide_id, kind="folder of tiles", mpp=Mpp(mpp, mpp) if mpp else None, mpp_source=source)
     return _costed(replace(known, scales=(scale,)), DIRECT_MS, settings)
+
+
+def _refuse(folder: TileFolder, settings: TileSettings) -> None:
+    """Raises what tiling would: the pixels have no slide to stay in, or no picture has the wanted size."""
+    check_settings(settings)
+    sizes: list[Size] = []
+    for name in folder.names[:LOOKED_AT]:
+        with suppress(UnreadableSlideError):
+            sizes.append(Size(*folder.read(name).shape[1::-1]))
+        if sizes[-1:] == [Size(settings.tile_px, settings.tile_px)]:
+            return
+    if sizes:
+        width, height = sizes[0]
+        raise SlideError(f"tiles are {width} x {height} px, not {settings.tile_px}", fix=f"set tile.tile_px={width}")
 
 
 def _costed(row: CheckRow, ms: float, settings: TileSettings) -> CheckRow:

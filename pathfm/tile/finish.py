@@ -94,5 +94,5 @@ def why_empty(counts: dict[str, int], nothing_fits: str) -> str:
         return ""
     if not counts["grid"]:
         return nothing_fits
-    dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name not in {"grid", KEPT})
+    dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if name not in {"grid", KEPT} and count)
     return f"no tile of {counts['grid']} was kept: {dropped}"

@@ -19,7 +19,7 @@ from pathfm.store.tile_store import TileCodec, TileStoreInfo, TileStoreWriter
 from pathfm.study import TileSettings
 from pathfm.tile.finish import KEPT, Finisher
 from pathfm.tile.quality import perceptual_hash
-from pathfm.tile.task import ASSUMED, Made, TileTask, check_unreadable
+from pathfm.tile.task import ASSUMED, UNKNOWN, Made, TileTask, check_unreadable
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -31,8 +31,7 @@ def tile_folder(task: TileTask, check: Callable[[], None] | None = None) -> Made
         SlideError: the folder cannot be used, with the reason.
     """
     folder, settings = TileFolder(task.path), task.settings
-    if settings.codec == "none":
-        raise SlideError("tiles of a folder have no slide to stay in", fix="set tile.codec to auto, jpeg or zstd")
+    check_settings(settings)
     corners = mosaic_corners(len(folder), settings.tile_px)
     canvas = MosaicCanvas(len(folder), settings.tile_px)
     counts: Counter[str] = Counter({"files": len(folder), KEPT: 0})
@@ -50,7 +49,7 @@ def tile_folder(task: TileTask, check: Callable[[], None] | None = None) -> Made
             crash_point("tile.tile")
         check_unreadable(counts["unreadable"], len(folder), settings)
         mpp = task.row.mpp or settings.assume_mpp
-        source = "cohort table" if task.row.mpp else ASSUMED if mpp else "unknown"
+        source = "cohort table" if task.row.mpp else ASSUMED if mpp else UNKNOWN
         reason = "" if counts[KEPT] else f"no tile of {len(folder)} was kept"
         info = TileStoreInfo(
             slide_id=task.row.slide_id,
@@ -73,6 +72,22 @@ def tile_folder(task: TileTask, check: Callable[[], None] | None = None) -> Made
         )
         writer.finish(info, canvas.picture)
     return Made(dict(counts), reason)
+
+
+def check_settings(settings: TileSettings) -> None:
+    """Refuses what would silently not be done: tiles that are cut already are taken as they are."""
+    if settings.codec == "none":
+        raise SlideError("tiles of a folder have no slide to stay in", fix="set tile.codec to auto, jpeg or zstd")
+    cannot = {
+        "several tile.mpp": isinstance(settings.mpp, tuple),
+        "tile.keep_px": settings.keep_px is not None,
+        "tile.overlap_px": settings.overlap_px > 0,
+        "tile.coords": settings.coords is not None,
+        "tile.colour": settings.colour.icc or settings.colour.normalise != "none",
+    }
+    asked = [name for name, is_set in cannot.items() if is_set]
+    if asked:
+        raise SlideError(f"tiles of a folder are taken as they are, without {', '.join(asked)}", fix="leave these settings out")
 
 
 def _folder_tiles(folder: TileFolder, settings: TileSettings, counts: Counter[str]) -> Iterator[tuple[str, Pixels]]:

@@ -16,7 +16,7 @@ from pathfm.store.interop import find_coords, read_coords
 from pathfm.study import TileSettings
 from pathfm.tile.annotations import Annotations, apply_annotations, load_annotations, unmatched_classes
 from pathfm.tile.grid import Grid, grid_at, plan_grids
-from pathfm.tile.task import ASSUMED
+from pathfm.tile.task import ASSUMED, UNKNOWN
 from pathfm.tile.tissue import Mask, mask_fractions, tissue_mask
 
 Pixels = npt.NDArray[np.uint8]
@@ -56,13 +56,16 @@ def slide_scale(facts: SlideMetadata, row: SlideRow, settings: TileSettings) -> 
     if row.mpp:
         if facts.mpp and abs(row.mpp / facts.mpp.mean - 1) > SAME_MPP:
             notes += (f"the cohort table says {row.mpp:.4g} mpp, the file {facts.mpp.mean:.4g}",)
-        return Scale(Mpp(row.mpp, row.mpp), "cohort table", notes)
+        # The table has one number; pixels that the file says are not square stay so.
+        factor = row.mpp / facts.mpp.mean if facts.mpp else 1.0
+        mpp = Mpp(facts.mpp.x * factor, facts.mpp.y * factor) if facts.mpp else Mpp(row.mpp, row.mpp)
+        return Scale(mpp, "cohort table", notes)
     if facts.mpp:
         return Scale(facts.mpp, facts.mpp_source, notes)
     if settings.assume_mpp:
         return Scale(Mpp(settings.assume_mpp, settings.assume_mpp), ASSUMED, notes)
     if settings.mpp == "native":
-        return Scale(None, "unknown", notes)
+        return Scale(None, UNKNOWN, notes)
     found = f" ({facts.mpp_source})" if facts.mpp_source else ""
     raise MissingMppError(f"no mpp in the file{found}", fix="set `mpp` for it in the cohort table or pass `--assume-mpp`")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,14 +79,14 @@ def tile_slide(task: TileTask, check: Callable[[], None] | None = None) -> Made:
         asked = _asked(task.settings)
         grids = slide_grids(slide.facts, slide.scale.mpp, task.row, task.settings)
         with commit_dir(task.store, check) as folder:
-            groups = ["", *(scale_group(each) for each in asked[1:])]
-            scales = [_write_scale(slide, grid, folder, group) for grid, group in zip(grids, groups, strict=True)]
-            _draw(slide, scales[0], folder)
+            further: dict[str, int] = {}
+            for grid, each in zip(grids[1:], asked[1:], strict=True):
+                scale = _write_scale(slide, grid, folder / scale_group(each), None)
+                further[f"{KEPT} at {each:g} mpp"] = scale.counts[KEPT]
+            first = _write_scale(slide, grids[0], folder, further)
+            _draw(slide, first, folder)
             crash_point("tile.before_commit")
-        counts = dict(scales[0].counts)
-        for scale, each in zip(scales[1:], asked[1:], strict=True):
-            counts[f"{KEPT} at {each:g} mpp"] = scale.counts[KEPT]
-        return Made(counts, scales[0].empty_reason)
+        return Made(first.counts, first.empty_reason)
 
 
 def _asked(settings: TileSettings) -> tuple[Any, ...]:
@@ -110,10 +110,16 @@ def _prepared(reader: SlideReader, task: TileTask) -> _Slide:
     return _Slide(reader, task, scale, scene, tuple(recolour), estimate_stains(coloured, scene.mask), done, notes)
 
 
-def _write_scale(slide: _Slide, grid: Grid, root: Path, group: str) -> _Scale:
-    """Reads, filters and stores the tiles of one resolution, in a store's folder or a group inside it."""
+def _write_scale(slide: _Slide, grid: Grid, folder: Path, further: Mapping[str, int] | None) -> _Scale:
+    """Reads, filters and stores the tiles of one resolution, in a store's folder or a group inside it.
+
+    Args:
+        slide: the slide.
+        grid: where its tiles lie.
+        folder: the store's, or that of a group in it.
+        further: tiles kept at the store's other resolutions, told with those of the first; None for these others.
+    """
     reader, task, settings = slide.reader, slide.task, slide.task.settings
-    folder = root / group
     share = slide.scene.tissue(grid)
     fates = np.where(share >= settings.tissue.min_fraction, KEPT, NO_TISSUE).astype("<U16")
     chosen = [int(index) for index in np.flatnonzero(fates == KEPT)]
@@ -132,9 +138,10 @@ def _write_scale(slide: _Slide, grid: Grid, root: Path, group: str) -> _Scale:
             x, y = (int(value) for value in grid.corners_level0[index])
             writer.append_encoded(result.data, (x, y), result.quality)
         crash_point("tile.tile")
-    counts = counted(fates.tolist())
+    counts = {**counted(fates.tolist()), **(further or {})}
     check_unreadable(counts.get(UNREADABLE, 0), len(chosen), settings)
-    scale = _Scale(grid, fates, counts, why_empty(counts, _nothing_fits(slide.facts.size_level0, grid, settings)))
+    why = why_empty(counts, _nothing_fits(slide.facts.size_level0, grid, settings))
+    scale = _Scale(grid, fates, counts, "; ".join([why, *slide.scene.notes]) if why else "")
     info = TileStoreInfo(
         slide_id=task.row.slide_id,
         fingerprint=task.fingerprint(slide.scale.source),
@@ -154,7 +161,7 @@ def _write_scale(slide: _Slide, grid: Grid, root: Path, group: str) -> _Scale:
             "reader": reader.name,
         },
     )
-    if group:
+    if further is None:
         writer.finish(replace(info, extra={**(info.extra or {}), "scale_of": task.row.slide_id}), None)
         return scale
     info, picture, tissue = _with_slide(info, slide)

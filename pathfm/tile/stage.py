@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pathfm.config import fingerprint
-from pathfm.errors import SlideError, StoreError, UsageError
+from pathfm.errors import SlideError, StoreError
+from pathfm.log import track
 from pathfm.slides.reader import slide_identity
 from pathfm.store.cohort import Cohort, SlideRow
-from pathfm.store.commit import content_digest, sweep
+from pathfm.store.commit import content_digest, read_json, sweep
 from pathfm.store.interop import find_coords
 from pathfm.store.layout import PICTURES, Layout
 from pathfm.store.record import Outcome, StageReport, record_file, write_record
@@ -21,6 +23,8 @@ from pathfm.tile.batch import Batch, is_made, told
 from pathfm.tile.scene import annotation_file
 from pathfm.tile.task import TileTask
 
+LOOKS = 8
+"""Slides that are looked at side by side before any is worked on."""
 VERSION = 2
 """Raised whenever the content of a store changes for the same settings."""
 
@@ -44,39 +48,55 @@ def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
     totals: Counter[str] = Counter()
     for outcome in made:
         totals.update({name: int(count) for name, count in outcome.counts.items()})
-    report = StageReport("tile", made, told(totals) if totals else "")
-    # A kill between the last store and the record leaves a run that has nothing to do and yet is not told.
-    if not report.did_nothing or not record_file(layout.tiles, study.compute.shard).is_file():
+    notes = [told(totals)] if totals else []
+    others = {store.stem for store in layout.tiles.glob("*.zarr")} - {row.slide_id for row in cohort.rows}
+    if others:
+        notes.append(f"{len(others)} stores of slides outside this cohort lie here too")
+    report = StageReport("tile", made, "; ".join(notes), len(tasks))
+    if not report.did_nothing or not _is_told(report, record_file(layout.tiles, study.compute.shard)):
         write_record(layout.tiles, report, study.tile, started, study.compute.shard)
     return report
 
 
-def shard_of(rows: Sequence[SlideRow], shard: str) -> tuple[SlideRow, ...]:
-    """The rows of one job of an array: every n-th, from the i-th (1-based) on.
+def _is_told(report: StageReport, record: Path) -> bool:
+    """Whether the record says the same of the same slides; a kill after the last store, or another cohort, leaves it behind."""
+    if not record.is_file():
+        return False
+    kept = {row["slide_id"]: (row["status"] in {"done", "kept"}, row["reason"]) for row in read_json(record)["outcomes"]}
+    return kept == {each.slide_id: (each.status in {"done", "kept"}, each.reason) for each in report.outcomes}
 
-    Raises:
-        UsageError: not i/n with 1 <= i <= n.
-    """
+
+def shard_of(rows: Sequence[SlideRow], shard: str) -> tuple[SlideRow, ...]:
+    """The rows of one job of an array: every n-th, from the i-th (1-based) on; all of them without a shard."""
     if not shard:
         return tuple(rows)
     index, count = (int(number) for number in shard.split("/"))
-    if not 1 <= index <= count:
-        raise UsageError(f"{shard} is no shard", where="compute.shard", fix="i/n, with i from 1 to n")
     return tuple(rows[index - 1 :: count])
 
 
 def _stale(study: Study, rows: Sequence[SlideRow], layout: Layout, outcomes: dict[str, Outcome]) -> Iterator[TileTask]:
     """Tasks of slides that need work; the others get their outcome at once."""
-    for row in rows:
-        try:
-            identity = slide_identity(row.path)
-            fingerprints = _fingerprints(row, study.tile, identity)
-        except (SlideError, StoreError) as error:
-            outcomes[row.slide_id] = Outcome(row.slide_id, "failed", error.reason)
+    # A look at a slide is some dozens of small reads, which drives and servers answer side by side.
+    with ThreadPoolExecutor(LOOKS) as pool:
+        looks = pool.map(lambda row: _look(row, study.tile), rows)
+        known = list(track(looks, "look at slides", len(rows)))
+    for row, found in zip(rows, known, strict=True):
+        if isinstance(found, str):
+            outcomes[row.slide_id] = Outcome(row.slide_id, "failed", found)
             continue
+        identity, fingerprints = found
         task = TileTask(row, study.tile, layout.store(row.slide_id), identity, fingerprints, layout.pictures(row.slide_id))
         if not is_made(task, outcomes):
             yield task
+
+
+def _look(row: SlideRow, settings: TileSettings) -> tuple[str, tuple[str, str]] | str:
+    """A slide's identity and fingerprints, or why it cannot be read."""
+    try:
+        identity = slide_identity(row.path)
+        return identity, _fingerprints(row, settings, identity)
+    except (SlideError, StoreError) as error:
+        return error.reason
 
 
 def tile_settings_digest(settings: TileSettings) -> str:
@@ -92,7 +112,7 @@ def tile_settings_digest(settings: TileSettings) -> str:
 def store_is_current(store: TileStore, row: SlideRow, settings: TileSettings) -> bool:
     """Whether a store is what tiling would make now; False also when the slide cannot be read any more."""
     try:
-        return store.fingerprint in _fingerprints(row, settings, slide_identity(row.path))
+        return store.fingerprint in _fingerprints(row, settings, slide_identity(row.path)) and store.is_whole()
     except (SlideError, StoreError):
         return False
 

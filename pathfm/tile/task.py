@@ -11,7 +11,8 @@ from pathfm.store.cohort import SlideRow
 from pathfm.store.lease import Lease
 from pathfm.study import TileSettings
 
-ASSUMED = "assumed"
+ASSUMED, UNKNOWN = "assumed", "unknown"
+"""Sources of an mpp that the slide does not have: what is assumed of it decides whether its store is current."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class TileTask:
         settings: the stage's settings.
         store: where the store goes.
         identity: hash of the slide file.
-        fingerprints: what the store depends on: when the slide's own mpp is used, and when the assumed one is.
+        fingerprints: what the store depends on: when the slide's own mpp is used, and when the assumed one is, or none.
         pictures: where the overlay and the contact sheet go; None: nowhere.
         threads: threads that decode inside the slide.
         lease: the right to make it, among several machines.
@@ -47,7 +48,7 @@ class TileTask:
 
     def fingerprint(self, mpp_source: str) -> str:
         """The fingerprint that holds for this source of the mpp."""
-        return self.fingerprints[mpp_source == ASSUMED]
+        return self.fingerprints[mpp_source in {ASSUMED, UNKNOWN}]
 
 
 class Made(NamedTuple):

@@ -32,7 +32,7 @@ PLAIN = [
     "what?",
     "star*",
     "[a-z]",
-    "it's \"quoted\"",
+    'it\'s "quoted"',
     "<b>&amp;",
     "-dash",
     "--out",
@@ -107,29 +107,30 @@ def test_slides_of_all_names(tmp_path, slide):
     assert (code, "nothing to do" in told, digest(out)) == (0, True, before)
 
 
-def test_names_that_only_some_file_systems_tell_apart_are_refused(tmp_path, slide):
-    for one, other in (("twin.tif", "twin.TIF"), ("a.svs", "A.svs"), *(["café.svs", unicodedata.normalize("NFD", "café.svs")],)):
+def test_names_that_only_some_file_systems_tell_apart_are_refused(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "café.svs") for form in ("NFC", "NFD"))
+    for one, other in (("twin.tif", "twin.TIF"), ("a.svs", "A.svs"), (composed, decomposed)):
         folder = tmp_path / one
         folder.mkdir()
         for name in (one, other):
             (folder / name).touch()
-        with pytest.raises(UsageError, match="differs from .* only in case or in how accents are written"):
+        with pytest.raises(UsageError, match=r"differs from .* only in case or in how accents are written"):
             load_cohort(CohortSettings(slides=(str(folder),)), tmp_path, lambda *sources: discover(*sources).slides)
 
 
 @pytest.mark.parametrize("name", ["x" * 201 + ".svs", " space.svs", "line\nbreak.svs", os.fsdecode(b"caf\xe9.svs")])
-def test_names_that_no_output_can_have_are_refused_in_one_line(tmp_path, slide, name):
-    folder = tmp_path / "slides"
-    folder.mkdir()
-    shutil.copy(slide, folder / name)
-    code, told, err = tile(folder, tmp_path / "out")
-    assert code == 2, (told, err)
-    assert len(err.splitlines()) == 1
-    assert "slide_id" in err
-    assert not (tmp_path / "out").exists()
+def test_names_that_no_output_can_have_are_refused_in_one_line(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(UsageError, match="slide_id") as refused:
+        load_cohort(CohortSettings(slides=(str(tmp_path),)), tmp_path, lambda *sources: discover(*sources).slides)
+    assert len(str(refused.value).splitlines()) == 1
+    str(refused.value).encode()
 
 
-@pytest.mark.parametrize("slide_id", ["../evil", "a/b", "/evil", "..", ".", "..\\evil", ".hidden", "../../evil", "a/../../evil"])
+OUTSIDE = ["../evil", "a/b", "/evil", "..", ".", "..\\evil", ".hidden", "../../evil", "a/../../evil"]
+
+
+@pytest.mark.parametrize("slide_id", OUTSIDE)
 def test_a_slide_id_that_leaves_the_output_folder_is_refused(tmp_path, slide, slide_id):
     table = tmp_path / "cohort.csv"
     table.write_text(f"slide_id,path\ngood,{slide}\n{slide_id},{slide}\n", encoding="utf-8")
@@ -148,6 +149,7 @@ def test_path_traversal_is_refused_before_anything_is_written(tmp_path, slide):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.long
 def test_a_slide_may_lie_outside_of_its_table(tmp_path, slide):
     """Also behind links, and named by a relative path: only ids name files of the output."""
     (tmp_path / "tables").mkdir()
@@ -161,15 +163,15 @@ def test_a_slide_may_lie_outside_of_its_table(tmp_path, slide):
     assert made(out) == ["one", "two, ü"]
 
 
-def test_a_link_to_nothing_is_no_slide_that_is_silently_left_out(tmp_path, slide):
-    shutil.copy(slide, tmp_path / "a.svs")
+def test_a_link_to_nothing_is_no_slide_that_is_silently_left_out(tmp_path):
+    (tmp_path / "a.svs").touch()
     (tmp_path / "gone.svs").symlink_to(tmp_path / "nowhere.svs")
     found = discover([tmp_path])
     assert [each.slide_id for each in found.slides] == ["a", "gone"]
 
 
-def test_a_folder_that_links_to_itself_is_searched_once(tmp_path, slide):
+def test_a_folder_that_links_to_itself_is_searched_once(tmp_path):
     (tmp_path / "slides").mkdir()
-    shutil.copy(slide, tmp_path / "slides" / "a.svs")
+    (tmp_path / "slides" / "a.svs").touch()
     (tmp_path / "slides" / "loop").symlink_to(tmp_path / "slides")
     assert [each.slide_id for each in discover([tmp_path / "slides"]).slides] == ["a"]

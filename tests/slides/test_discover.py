@@ -70,6 +70,32 @@ def test_folders_of_tiles(tmp_path):
     assert ids([tmp_path / "p1"], folder_of_tiles=True) == ["p1"]
 
 
+@pytest.mark.parametrize("folder_of_tiles", [False, True])
+def test_links_back_into_the_way_are_not_followed(tmp_path, folder_of_tiles):
+    touch(tmp_path, "in/a/1.png", "in/a/2.png")
+    before = ids([tmp_path / "in"], folder_of_tiles)
+    for place, target in (("in/loop", "."), ("in/a/up", ".."), ("in/out", "..")):
+        (tmp_path / place).symlink_to(target)
+    assert ids([tmp_path / "in"], folder_of_tiles) == before
+
+
+def test_links_to_slides_elsewhere_are_slides(tmp_path):
+    touch(tmp_path, "store/x.svs", "in/b.svs")
+    (tmp_path / "in" / "a.svs").symlink_to(tmp_path / "store" / "x.svs")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "store")
+    assert ids([tmp_path / "in"]) == ["a", "b", "more__x"]
+
+
+def test_output_folders_are_not_searched(tmp_path):
+    made = ("out/study.yaml", "out/tiles/spec/pictures/a.overlay.png", "out/tiles/spec/index.html", "b.zarr/x.png")
+    touch(tmp_path, "a.png", "tiles/b.png", "tiles/study.yaml", *made)
+    assert ids([tmp_path]) == ["a", "tiles__b"]
+    assert discover([tmp_path]).ignored == (tmp_path / "tiles" / "study.yaml",)
+    assert ids([tmp_path], folder_of_tiles=True) == [tmp_path.name, "tiles"]
+    for pattern in ("*", "**/*.png"):
+        assert ids([str(tmp_path / pattern)]) == ["a", "tiles__b"]
+
+
 def test_unreadable_dicom_files_are_slides_of_their_own(tmp_path):
     touch(tmp_path, "x/a.dcm", "x/b.dcm")
     assert ids([tmp_path]) == ["x__a", "x__b"]

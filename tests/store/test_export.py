@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import tarfile
 
 import cv2
 import numpy as np
 import pytest
 
-from pathfm import jpeg
-from pathfm.errors import StoreError, UsageError
+from pathfm import jpeg, tiling, workflow
+from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.geometry import Size
 from pathfm.store import export
 from pathfm.store.commit import commit_dir, content_digest
 from pathfm.store.export import FORMATS, export_stores, export_tiles
 from pathfm.store.interop import read_coords
 from pathfm.store.tile_store import TileCodec, TileStoreInfo, TileStoreWriter, open_tiles, write_tiles
+from pathfm.study import CohortSettings, Study, TileSettings
 
 STRANGE = "TCGA-5P.v2 100% {a} Ünï 😀"
 COUNT = 11
@@ -136,6 +138,58 @@ def test_what_others_have_put_there_stays(tmp_path, make_store, format, place, k
         export_tiles(make_store(), tmp_path / "out", format)
     assert theirs.read_text() == "precious"
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [theirs]
+
+
+@pytest.mark.parametrize("name", [".notes", "record.json", "timing.csv", "more/x.txt"])
+def test_files_that_others_have_added_to_an_export_stay(tmp_path, make_store, name):
+    store = make_store()
+    export_tiles(store, tmp_path / "out", "png")
+    theirs = tmp_path / "out" / "a" / name
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("precious")
+    with pytest.raises(StoreError, match="something else is here"):
+        export_tiles(store, tmp_path / "out", "png")
+    assert theirs.read_text() == "precious"
+
+
+@pytest.mark.parametrize("format", ["png", "webdataset", "clam"])
+def test_exporting_again_does_not_touch_what_is_there(tmp_path, make_store, format):
+    def places():
+        return {
+            path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in (tmp_path / "out").rglob("*") if not path.is_dir()
+        }
+
+    export_tiles(make_store(), tmp_path / "out", format)
+    before = places()
+    export_tiles(make_store(), tmp_path / "out", format)
+    assert before
+    assert places() == before
+
+
+def test_a_link_to_nowhere_is_not_replaced(tmp_path, make_store):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.geojson").symlink_to("nowhere")
+    with pytest.raises(StoreError, match="something else is here"):
+        export_tiles(make_store(), tmp_path / "out", "geojson")
+    assert (tmp_path / "out" / "a.geojson").is_symlink()
+
+
+def test_slides_of_a_study_without_a_store_that_is_up_to_date_fail(tmp_path, capsys):
+    slides, out = tmp_path / "slides", tmp_path / "out"
+    for name in ("a", "b", "c"):
+        tiles = np.random.default_rng(ord(name)).integers(60, 200, (2, 32, 32, 3), dtype=np.uint8)
+        (slides / name).mkdir(parents=True)
+        for number, pixels in enumerate(tiles):
+            cv2.imwrite(str(slides / name / f"{number}.png"), pixels)
+    cohort = CohortSettings(slides=[str(slides)], folder_of_tiles=True)
+    study = Study(out=out, cohort=cohort, tile=TileSettings(tile_px=32, assume_mpp=0.5))
+    assert workflow.tile(study) == ExitCode.DONE
+    shutil.rmtree(next(out.glob("tiles/*/b.zarr")))
+    cv2.imwrite(str(slides / "c" / "2.png"), tiles[0])
+    assert tiling.export(out, "png", tmp_path / "exported") == ExitCode.SOME_FAILED
+    assert [path.name for path in (tmp_path / "exported").iterdir()] == ["a"]
+    told = "".join(capsys.readouterr())
+    assert told.count("no up-to-date store (run `pathfm tile`)") == 2
 
 
 @pytest.mark.parametrize("format", ["clam", "trident", "geojson"])

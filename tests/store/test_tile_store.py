@@ -223,3 +223,38 @@ def test_an_absent_shard_is_named(tmp_path, images):
     _shard(tmp_path / "a.zarr").unlink()
     with pytest.raises(StoreError, match="shard cannot be opened"):
         open_tiles(tmp_path / "a.zarr")[0]
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "zstd"])
+def test_whole_stores_are_told_from_damaged_ones(tmp_path, images, codec):
+    path = tmp_path / "a.zarr"
+
+    def cut(file):
+        file.write_bytes(file.read_bytes()[:-1])
+
+    def hollow(file):
+        file.write_bytes(file.read_bytes()[1:])
+
+    damages = [
+        ("tiles/c/5/0/0/0", cut),
+        ("tiles/c/1/0/0/0", hollow),
+        ("tiles/c/0/0/0/0", lambda file: file.unlink()),
+        ("1mpp/tiles/c/1/0/0/0", lambda file: file.unlink()),
+        ("2mpp/zarr.json", lambda file: file.unlink()),
+        ("2mpp/quality/zarr.json", lambda file: file.unlink()),
+        ("xy_level0/zarr.json", lambda file: file.write_text(file.read_text().replace("16", "15"))),
+        ("quality/zarr.json", cut),
+    ]
+    for file, damage in damages:
+        _several(path, images, codec)
+        assert open_tiles(path).is_whole()
+        damage(path / file)
+        assert not open_tiles(path).is_whole(), file
+
+
+def test_stores_without_tiles_or_pixels_are_whole(tmp_path, images):
+    write_tiles(tmp_path / "a.zarr", images[:0], slide_id="a")
+    assert open_tiles(tmp_path / "a.zarr").is_whole()
+    _several(tmp_path / "b.zarr", images, "none")
+    assert open_tiles(tmp_path / "b.zarr", 1.0).is_whole()
+    assert not (tmp_path / "b.zarr" / "tiles").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ def _load(tmp_path, document):
 
 
 def _keep(annotations, downsample=1.0, size=60, **settings):
-    return apply_annotations(np.ones((size, size), dtype=bool), annotations, downsample, TissueSettings(**settings))
+    return apply_annotations(
+        np.ones((size, size), dtype=bool), annotations, downsample, TissueSettings(annotations=Path("drawn"), **settings)
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,11 +156,11 @@ def test_a_disc_has_its_area_and_its_place(x, y, radius, downsample):
 
 def test_without_a_region_to_include_nothing_is_kept_and_the_reason_is_told():
     found = Annotations((Region("Tumor", (np.array(SQUARE, dtype=float),)),))
-    settings = TissueSettings(include=("tumour",), exclude=("Fold",))
+    settings = TissueSettings(annotations=Path("drawn"), include=("tumour",), exclude=("Fold",))
     assert not _keep(found, include=("tumour",)).any()
     assert unmatched_classes(found, settings) == "no annotated region is of class tumour, Fold (did you mean Tumor?)"
     assert unmatched_classes(Annotations(), settings).endswith("(its classes: none)")
-    assert unmatched_classes(found, TissueSettings(include=("Tumor",))) == ""
+    assert unmatched_classes(found, TissueSettings(annotations=Path("drawn"), include=("Tumor",))) == ""
 
 
 def test_without_classes_in_the_settings_nothing_changes():

@@ -8,11 +8,13 @@ import pytest
 import tifffile
 from PIL import Image
 
+from pathfm.errors import ExitCode
 from pathfm.geometry import Mpp, Size
 from pathfm.slides.synthetic import SyntheticSpec, write_slide
 from pathfm.store.cohort import SlideRow
-from pathfm.study import TileSettings, TissueSettings
+from pathfm.study import CohortSettings, ComputeSettings, Study, TileSettings, TissueSettings
 from pathfm.tile.check import CHEAP_PX, CheckRow, EncoderNeeds, check_table, effective_mpp, examine
+from pathfm.tiling import check
 
 ALL = TissueSettings(method="off")
 
@@ -131,6 +133,34 @@ def test_a_folder_of_tiles(tmp_path):
     row = examine(SlideRow("a", tmp_path), TileSettings(tile_px=64, assume_mpp=0.5), EncoderNeeds("vit", 32))
     assert (row.kind, row.scales[0].tiles, row.scales[0].effective_mpp) == ("folder of tiles", 3, 1.0)
     assert "encoder sees" in check_table([row])
+
+
+def test_a_folder_of_tiles_that_would_be_refused(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    Image.new("RGB", (48, 64)).save(tmp_path / "1.png")
+    row = SlideRow("a", tmp_path)
+    assert examine(row, TileSettings(tile_px=64)).problem == "tiles are 48 x 64 px, not 64 (set tile.tile_px=48)"
+    assert "no slide to stay in" in examine(row, TileSettings(tile_px=48, codec="none")).problem
+    Image.new("RGB", (64, 64)).save(tmp_path / "2.png")
+    assert not examine(row, TileSettings(tile_px=64)).problem
+
+
+def test_the_whole_check_keeps_the_order_and_names_problems(slide, tmp_path, capsys):
+    table = tmp_path / "cohort.csv"
+    (tmp_path / "z.svs").write_bytes(b"no slide")
+    table.write_text(f"slide_id,path\nz,{tmp_path / 'z.svs'}\nb,{slide}\na,{slide}\n")
+    tissue = TissueSettings(plugin="absent_module:find")
+    for settings, problems in ((ALL, 1), (tissue, 3)):
+        study = Study(
+            out=tmp_path / "out",
+            cohort=CohortSettings(table=table),
+            tile=TileSettings(tile_px=128, tissue=settings),
+            compute=ComputeSettings(workers=2),
+        )
+        assert check(study) == ExitCode.SOME_FAILED
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines if re.match(r"[abz] ", line + " ")] == ["z", "b", "a"]
+        assert sum(line.startswith("    cannot be tiled: ") for line in lines) == problems
 
 
 def test_the_table_is_aligned_and_the_rows_travel_between_processes(slide):
