@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -353,12 +353,13 @@ class ComputeSettings(Settings):
     lease_s: Annotated[float, Field(ge=10.0)] = 120.0
     """A slide whose worker on another machine has shown no sign of life for so long is taken over [s]."""
 
-    @model_validator(mode="after")
-    def _shard_exists(self) -> Self:
-        index, _, count = self.shard.partition("/")
-        if self.shard and not 1 <= int(index) <= int(count):
-            raise ValueError("shard must be i/n, with i from 1 to n")
-        return self
+    @field_validator("shard")
+    @classmethod
+    def _shard_exists(cls, shard: str) -> str:
+        index, _, count = shard.partition("/")
+        if shard and not 1 <= int(index) <= int(count):
+            raise ValueError("must be i/n, with i from 1 to n")
+        return shard
 
 
 class Study(Settings):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pathfm.errors import ExitCode, MissingExtraError, StoreError, UsageError
 from pathfm.log import get_log, say, status, track
 from pathfm.store.layout import Layout
-from pathfm.store.record import Outcome, StageReport
+from pathfm.store.record import Outcome, StageReport, record_file
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study
 from pathfm.workers import map_isolated, usable_cores
@@ -49,6 +49,12 @@ def _encoder_needs(study: Study) -> EncoderNeeds | None:
 
     side = study.extract.input_px or declared_input_px(study.extract.encoder)
     return EncoderNeeds(study.extract.encoder, side) if side else None
+
+
+def page_is_old(layout: Layout) -> bool:
+    """Whether the page tells of an earlier run than the record does: a kill between the two leaves it so."""
+    page, record = layout.tiles / "index.html", record_file(layout.tiles)
+    return not page.is_file() or (record.is_file() and page.stat().st_mtime_ns < record.stat().st_mtime_ns)
 
 
 def write_page(layout: Layout, report: StageReport) -> Path | None:

@@ -292,18 +292,16 @@ def _serve(function: Callable[[Item], Result], connection: Connection) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has gone
+        while True:
             item: Item = connection.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        connection.send([])
-        try:
-            connection.send([function(item)])
-        except PathfmError as error:
-            connection.send([error])
-        except Exception as error:  # noqa: BLE001 - what nobody foresaw must end this item only, as a row of the record
-            connection.send([_internal(error)])
+            connection.send([])
+            try:
+                connection.send([function(item)])
+            except PathfmError as error:
+                connection.send([error])
+            except Exception as error:  # noqa: BLE001 - what nobody foresaw must end this item only, as a row of the record
+                connection.send([_internal(error)])
 
 
 def _end_with_parent() -> None:

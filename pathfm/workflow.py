@@ -242,11 +242,11 @@ def run_tiling(run: Run) -> None:
     run.note(report)
     run.stores = None
     # Every job of an array would write the same page again.
-    wanted = not report.did_nothing or not (run.layout.tiles / "index.html").is_file()
-    if wanted and not run.study.compute.shard:
-        from pathfm.tiling import write_page
+    if not run.study.compute.shard:
+        from pathfm.tiling import page_is_old, write_page
 
-        page = write_page(run.layout, read_record(run.layout.tiles) or report)
+        wanted = not report.did_nothing or page_is_old(run.layout)
+        page = write_page(run.layout, read_record(run.layout.tiles) or report) if wanted else None
         if page:
             say(f"page: {page}")
 

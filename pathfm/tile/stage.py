@@ -16,6 +16,7 @@ from pathfm.store.cohort import Cohort, SlideRow
 from pathfm.store.commit import content_digest, read_json, sweep
 from pathfm.store.interop import find_coords
 from pathfm.store.layout import PICTURES, Layout
+from pathfm.store.lease import Leases
 from pathfm.store.record import Outcome, StageReport, record_file, write_record
 from pathfm.store.tile_store import TileStore
 from pathfm.study import Study, TileSettings
@@ -41,6 +42,8 @@ def run_tile(study: Study, cohort: Cohort, layout: Layout) -> StageReport:
         sweep(folder)
     rows = shard_of(cohort.rows, study.compute.shard)
     tasks = list(_stale(study, rows, layout, outcomes))
+    with Leases(study.compute.lease_s) as leases:
+        leases.sweep(layout.tiles)  # of a run that was killed right after its last store
     if tasks:
         with Batch(study, layout.tiles, outcomes) as batch:
             batch.make(tasks)

@@ -317,12 +317,8 @@ def _fills(tmp_path, source, undisturbed, share, **options):
         assert (litter(out), digest(out)) == ([], digest(undisturbed))
 
 
-def test_a_full_disk_fails_slides_and_loses_nothing(tmp_path, slides, undisturbed):
-    _fills(tmp_path, slides, undisturbed, 0.6)
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.25, 0.75, 0.95])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.25, 0.6, 0.95])
 def test_a_disk_that_is_full_at_any_moment(tmp_path, larger, share):
     _fills(tmp_path, larger[0], larger[1], share, tile_px=32, workers=2)
 
@@ -353,7 +349,9 @@ def test_finished_work_on_a_drive_that_cannot_be_written(tmp_path, slides):
         assert tile(slides, drive / "out")[0] == 0
         _remount(drive, "ro")
         code, told, err = tile(slides, drive / "out")
-        assert (code, err) == (0, "")
+        assert code == 0, err
+        assert is_plain(err)
+        assert "read-only" not in err
         assert "nothing to do" in told
 
 
@@ -455,6 +453,7 @@ def test_a_worker_that_hangs_is_ended_and_the_others_go_on(tmp_path, slides, und
     assert (litter(out), digest(out)) == ([], digest(undisturbed))
 
 
+@pytest.mark.long
 def test_a_pipe_among_the_slides_does_not_hang_the_run(tmp_path, some, undisturbed):
     os.mkfifo(some / "pipe.svs")
     table = tmp_path / "cohort.csv"
@@ -484,6 +483,10 @@ def test_all_shards_together_make_what_one_run_makes(tmp_path, slides, undisturb
     rows = [outcomes(out, f"record-{index}-of-{shards}.json") for index in range(1, shards + 1)]
     assert sorted(name for row in rows for name in row) == NAMES
     assert not (stores_of(out) / "record.json").exists()
+    # A last run without a shard finds everything made, and tells of all slides together.
+    code, told, err = tile(slides, out)
+    assert (code, _count(told, "kept")) == (0, COUNT), err
+    assert _statuses(out) == dict.fromkeys(NAMES, "kept")
     assert (litter(out), digest(out)) == ([], digest(undisturbed))
 
 
@@ -502,7 +505,7 @@ def test_a_shard_makes_its_own_slides_only(tmp_path, slides):
 def test_a_wrong_shard_is_refused(tmp_path, slides, text):
     code, _, err = tile(slides, tmp_path / "out", options=(f"--shard={text}",))
     assert (code, len(err.splitlines())) == (2, 1), err
-    assert "compute.shard" in err
+    assert "shard" in err
     assert made(tmp_path / "out") == []
 
 

@@ -239,3 +239,17 @@ def test_killed_after_the_last_store_and_before_the_record(tmp_path, few):
     for name in ("record.json", "index.html"):
         (stores_of(out) / name).unlink()
     _finish(few[0], out, few[1])
+
+
+@pytest.mark.long
+def test_killed_before_the_record_of_an_earlier_run_is_replaced(tmp_path, few):
+    """The record and the page still tell of a slide that failed once, and has been made since."""
+    slides, out = shutil.copytree(few[0], tmp_path / "slides"), tmp_path / "out"
+    (slides / "s1.svs").write_bytes(b"no slide")
+    assert tile(slides, out)[0] == 3
+    told = {name: (stores_of(out) / name).read_bytes() for name in ("record.json", "index.html")}
+    shutil.copy(few[0] / "s1.svs", slides)
+    assert tile(slides, out)[0] == 0
+    for name, content in told.items():
+        (stores_of(out) / name).write_bytes(content)
+    _finish(slides, out, few[1])
