@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from pathfm.addresses import is_remote
 from pathfm.errors import UsageError
-from pathfm.study import Settings, Study
+from pathfm.settings import Settings
+from pathfm.study import Study
 
 _NULL = "tag:yaml.org,2002:null"
 _STR = "tag:yaml.org,2002:str"
@@ -63,7 +64,17 @@ _TextDumper.add_representer(
 )
 
 
-PATHS = frozenset({"out", "cohort.table", "cohort.tile_labels", "tile.coords", "tile.tissue.annotations", "compute.cache_dir"})
+PATHS = frozenset(
+    {
+        "out",
+        "cohort.table",
+        "cohort.tile_labels",
+        "tile.coords",
+        "tile.tissue.annotations",
+        "pretrain.health.probe",
+        "compute.cache_dir",
+    }
+)
 """Settings that are one path."""
 
 
@@ -259,13 +270,15 @@ def _resolved(study: Study, base: Path) -> Study:
         "tile_labels": _placed(base, cohort.tile_labels),
         "slides": tuple(source if is_remote(source) else str(base / source) for source in cohort.slides),
     }
-    tile, cache = study.tile, study.compute.cache_dir
+    tile, cache, health = study.tile, study.compute.cache_dir, study.pretrain.health
+    health = health.model_copy(update={"probe": _placed(base, health.probe)})
     tissue = tile.tissue.model_copy(update={"annotations": _placed(base, tile.tissue.annotations)})
     return study.model_copy(
         update={
             "out": base / study.out,
             "cohort": cohort.model_copy(update=placed),
             "tile": tile.model_copy(update={"coords": _placed(base, tile.coords), "tissue": tissue}),
+            "pretrain": study.pretrain.model_copy(update={"health": health}),
             "compute": study.compute.model_copy(update={"cache_dir": _placed(base, cache)}),
         }
     )

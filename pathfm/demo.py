@@ -29,13 +29,9 @@ SETTINGS = (
     "pretrain.freeze_last_layer_steps=30",
     "pretrain.teacher_warmup_steps=100",
     "pretrain.ema=[0.98, 1.0]",
-    # Crops at the tiles' own scale: the size of nuclei tells the lesion, and zooming would teach the encoder to ignore it.
     "pretrain.crops.global_px=96",
-    "pretrain.crops.global_scale=[0.5, 0.62]",
     "pretrain.crops.local_px=48",
-    "pretrain.crops.local_scale=[0.12, 0.16]",
     "pretrain.crops.local_count=4",
-    "pretrain.crops.aspect=[0.95, 1.05]",
     "pretrain.crops.hue=0.1",
     "pretrain.crops.hed=0.1",
     "pretrain.crops.hed_probability=0.8",

@@ -16,6 +16,7 @@ class ExitCode(enum.IntEnum):
     INTERNAL = 1
     USAGE = 2
     SOME_FAILED = 3
+    PREEMPTED = 75
     INTERRUPTED = 130
 
 
@@ -88,3 +89,9 @@ class StoreError(PathfmError):
 
 class TrainingError(PathfmError):
     """Training cannot go on (a loss that is not finite, no data, a collapse)."""
+
+
+class PreemptedError(PathfmError):
+    """The scheduler wants its machine back (SIGTERM, SIGUSR1); everything is saved, and the same command goes on from there."""
+
+    exit_code = ExitCode.PREEMPTED

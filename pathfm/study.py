@@ -9,21 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-class Settings(BaseModel):
-    """Base of all settings: frozen, strict about names, documented where declared."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+from pathfm.pretrain_settings import PretrainSettings
+from pathfm.settings import Count, Fraction, NonNegative, Positive, PositiveFloat, Settings
 
 
 class CohortSettings(Settings):
@@ -154,116 +143,6 @@ class TileSettings(Settings):
         return self
 
 
-class CropSettings(Settings):
-    """Multi-crop views of a tile."""
-
-    global_px: Positive = 224
-    """Side of the two global crops [px]."""
-    local_px: Positive = 96
-    """Side of the local crops [px]."""
-    local_count: Count = 8
-    """Local crops per tile."""
-    global_scale: tuple[PositiveFloat, PositiveFloat] = (0.32, 1.0)
-    """Area range of global crops, as a share of the tile."""
-    local_scale: tuple[PositiveFloat, PositiveFloat] = (0.05, 0.32)
-    """Area range of local crops, as a share of the tile."""
-    aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
-    """Range of width / height of a crop before it is made square."""
-    flips: bool = True
-    """Mirror and turn crops by multiples of 90 degrees: tissue has no up."""
-    jitter_probability: Fraction = 0.8
-    """Share of crops whose brightness, contrast, saturation and hue are changed."""
-    brightness: NonNegative = 0.2
-    """Colour jitter: brightness range."""
-    contrast: NonNegative = 0.2
-    """Colour jitter: contrast range."""
-    saturation: NonNegative = 0.1
-    """Colour jitter: saturation range."""
-    hue: NonNegative = 0.05
-    """Colour jitter: hue range, as a share of the circle."""
-    hed: NonNegative = 0.05
-    """Stain jitter: standard deviation in haematoxylin-eosin-DAB space (Tellez et al. 2018) [optical density]."""
-    hed_probability: Fraction = 0.5
-    """Share of crops with stain jitter."""
-    gray_probability: Fraction = 0.2
-    """Share of crops turned to grey."""
-    blur_probability: tuple[Fraction, Fraction, Fraction] = (0.5, 0.1, 0.5)
-    """Share of blurred crops: first global, second global, local."""
-
-
-class PretrainSettings(Settings):
-    """Stage 2: tile stores -> encoder, by DINOv2 (Oquab et al. 2023)."""
-
-    backbone: str = "vit_small_patch16_224"
-    """timm name of the vision transformer."""
-    patch_px: Positive | None = None
-    """Patch side that replaces the backbone's own [px]."""
-    registers: Count = 0
-    """Register tokens (Darcet et al. 2023)."""
-    layer_scale: NonNegative = 1e-5
-    """Initial LayerScale; 0: none, which suits runs of a few hundred steps."""
-    steps: Positive = 10_000
-    """Optimiser steps."""
-    batch_size: Annotated[int, Field(ge=2)] = 64
-    """Tiles per step, over all processes."""
-    crops: CropSettings = CropSettings()
-    """Views."""
-    prototypes: Positive = 8192
-    """Outputs of the projection heads."""
-    head_hidden: Positive = 2048
-    """Hidden width of the projection heads."""
-    head_bottleneck: Positive = 256
-    """Bottleneck width of the projection heads."""
-    separate_ibot_head: bool = False
-    """Give the patch loss its own head."""
-    centering: Literal["softmax", "sinkhorn"] = "sinkhorn"
-    """How teacher targets are kept from collapsing."""
-    dino_weight: NonNegative = 1.0
-    """Weight of the CLS loss."""
-    ibot_weight: NonNegative = 1.0
-    """Weight of the masked-patch loss."""
-    koleo_weight: NonNegative = 0.1
-    """Weight of the KoLeo regulariser."""
-    mask_probability: Fraction = 0.5
-    """Share of global crops that are masked."""
-    mask_ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
-    """Range of the masked share of patches."""
-    lr: PositiveFloat = 4e-3
-    """Learning rate at batch 1024; scaled by sqrt(batch / 1024)."""
-    lr_min: NonNegative = 1e-6
-    """Final learning rate."""
-    warmup_steps: Count = 1000
-    """Steps of linear learning-rate warm-up."""
-    weight_decay: tuple[NonNegative, NonNegative] = (0.04, 0.4)
-    """Weight decay at the start and at the end (cosine)."""
-    layer_decay: PositiveFloat = 0.9
-    """Learning-rate factor per layer from the top."""
-    patch_embed_lr: NonNegative = 0.2
-    """Learning-rate factor of the patch embedding."""
-    freeze_last_layer_steps: Count = 100
-    """Steps during which the prototypes stay fixed."""
-    clip_norm: PositiveFloat = 3.0
-    """Largest gradient norm per sub-module."""
-    drop_path: Fraction = 0.0
-    """Stochastic depth of the student."""
-    ema: tuple[Fraction, Fraction] = (0.992, 1.0)
-    """Teacher momentum at the start and at the end (cosine)."""
-    student_temperature: PositiveFloat = 0.1
-    """Softmax temperature of the student."""
-    teacher_temperature: tuple[PositiveFloat, PositiveFloat] = (0.04, 0.07)
-    """Softmax temperature of the teacher at the start and after its warm-up (linear)."""
-    teacher_warmup_steps: Count = 3000
-    """Steps over which the teacher temperature rises."""
-    max_tiles_per_slide: Positive | None = None
-    """At most this many tiles of a slide are used."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the networks; losses are always fp32."""
-    checkpoint_every: Positive = 100
-    """Steps between checkpoints."""
-    seed: Count = 0
-    """Seed of initial weights, sampling, crops and masks."""
-
-
 class ExtractSettings(Settings):
     """Stage 3: tiles x encoder -> features."""
 
@@ -318,6 +197,9 @@ class MilSettings(Settings):
     """Resamples of patients for bootstrap intervals."""
     controls: bool = True
     """Run the controls on the same folds: colour histogram, tile count, untrained encoder, shuffled labels."""
+    seen_in_pretraining: Literal["refuse", "mark", "exclude"] | None = None
+    """Patients whom the encoder was pretrained on: refuse to judge them; mark what rests on them as transductive; exclude them
+    (a study's own encoder is then pretrained without a test part). Default: mark for the study's own encoder, else refuse."""
     seed: int = 0
     """Seed of folds, initial weights and resampling."""
 
@@ -340,6 +222,16 @@ class ComputeSettings(Settings):
     """Threads of the numerical libraries; 0: as many as there are usable cores."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    devices: Count = 1
+    """GPUs (or, on a CPU, processes) per node that pretraining uses; 0: all GPUs."""
+    nodes: Positive = 1
+    """Nodes that pretraining uses, started by torchrun or SLURM."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share pretraining: ddp, each holds everything; fsdp, weights and moments are sharded (FSDP2)."""
+    compile: bool = False
+    """Compile the blocks of the networks (torch.compile) in pretraining."""
+    checkpoint_activations: bool = False
+    """Compute activations of blocks again in the backward pass, to save memory in pretraining."""
     batch_size: Positive = 64
     """Tiles per inference batch."""
     slide_timeout_s: NonNegative = 7200.0

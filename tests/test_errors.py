@@ -37,6 +37,7 @@ def test_exit_codes_are_the_documented_ones():
         "INTERNAL": 1,
         "USAGE": 2,
         "SOME_FAILED": 3,
+        "PREEMPTED": 75,
         "INTERRUPTED": 130,
     }
     assert UsageError.exit_code == ExitCode.USAGE
