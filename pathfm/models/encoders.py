@@ -127,18 +127,20 @@ def load_encoder(name: str, settings: ExtractSettings, device: torch.device) -> 
         UsageError: no such network, or its weights are not to be had here.
     """
     scheme, _, rest = name.partition(":")
+    shown = name if scheme != "local-dir" else f"local-dir:{Path(rest).name}"
+    return TileEncoder(load_network(name, settings.input_px), shown, settings, device)
+
+
+def load_network(name: str, input_px: int | None = None) -> nn.Module:
+    """The bare network of an encoder, named as for ``load_encoder``, which also says what it raises."""
+    scheme, _, rest = name.partition(":")
     if scheme not in SCHEMES or not rest:
         raise UsageError(
             f"unknown encoder {name!r}",
             where="extract.encoder",
             fix=f"use pretrained, or one of {', '.join(f'{key}:...' for key in SCHEMES)}",
         )
-    return TileEncoder(
-        SCHEMES[scheme](rest, settings.input_px),
-        name if scheme != "local-dir" else f"local-dir:{Path(rest).name}",
-        settings,
-        device,
-    )
+    return SCHEMES[scheme](rest, input_px)
 
 
 def _check_known(name: str) -> None:
