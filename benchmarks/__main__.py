@@ -18,7 +18,9 @@ BENCHMARKS = {
     "tile": "the whole `pathfm tile`, against an OpenSlide loop that stores nothing",
     "passthrough": "tiles per CPU-second when stored tiles are passed on undecoded",
     "memory": "peak memory and time of squares of 20, 60 and 100 thousand pixels",
+    "loading": "what pretraining's data cost: reading, crops, and the order of samples over a million slides",
     "random_reads": "single tiles of a store: our reader and zarr-python",
+    "step": "a pretraining step: ours and the official order of operations",
     "fidelity": "is it the same picture: bit identity, PSNR and shift of DCT scaling",
 }
 

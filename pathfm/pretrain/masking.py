@@ -1,17 +1,20 @@
 """Which patches of which global crops the student does not see.
 
-Blocks as in BEiT (Bao et al. 2021), the shares stratified over the batch as in DINOv2; random patches complete a mask to its
-exact count as in DINOv3, so that equal ratios give equal counts. Shapes: C global crops, P patches of a crop.
+Blocks as in BEiT (Bao et al. 2021), the shares stratified over the batch as in DINOv2; single patches complete a mask to its
+exact count as in DINOv3, so that equal ratios give equal counts.
+Shapes: B tiles of a batch, R rows asked for, P patches of a crop.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from pathfm.geometry import scale_length
+from pathfm.pretrain_settings import PretrainSettings
 
 Mask = npt.NDArray[np.bool_]
 
@@ -39,7 +42,7 @@ def _add_block(mask: Mask, largest: int, random: np.random.Generator) -> bool:
         area = random.uniform(MIN_BLOCK, max(MIN_BLOCK, largest))
         aspect = math.exp(random.uniform(*LOG_ASPECT))
         height, width = scale_length(math.sqrt(area), math.sqrt(aspect)), scale_length(math.sqrt(area), math.sqrt(1 / aspect))
-        if height >= side or width >= side:
+        if max(height, width) >= side or height * width < MIN_BLOCK:
             continue
         top, left = random.integers(side - height + 1), random.integers(side - width + 1)
         block = mask[top : top + height, left : left + width]
@@ -49,30 +52,29 @@ def _add_block(mask: Mask, largest: int, random: np.random.Generator) -> bool:
     return False
 
 
-def batch_masks(
-    crops: int, grid_side: int, probability: float, ratio: tuple[float, float], key: tuple[int, ...]
-) -> npt.NDArray[np.bool_]:
-    """Masks of a batch of global crops, a pure function of ``key``.
+def batch_masks(settings: PretrainSettings, grid_side: int, rows: Sequence[int], key: tuple[int, ...]) -> Mask:
+    """Masks of some global crops of a batch; a row depends on ``key`` and its number only, not on which others are asked for.
 
-    Exactly ``floor(crops * probability)`` crops are masked; the i-th of them hides a share drawn from the i-th of equal slices
-    of ``ratio`` (at least one patch); which crops these are is drawn without replacement.
+    Exactly ``floor(2B * mask_probability)`` of all 2B crops are masked; the i-th of them hides a share drawn from the i-th of
+    equal slices of ``mask_ratio`` (at least one patch); which crops these are is drawn without replacement.
 
     Args:
-        crops: global crops in the batch.
+        settings: batch_size (B), mask_probability, mask_ratio.
         grid_side: patches along a side.
-        probability: share of crops that are masked.
-        ratio: smallest and largest share of hidden patches.
+        rows: numbers of global crops, view * B + sample.
         key: what the draw depends on, as (seed, step).
 
     Returns:
-        [C, P], True is hidden.
+        [R, P], True is hidden.
     """
-    masks_CP = np.zeros((crops, grid_side * grid_side), dtype=bool)
-    masked = math.floor(crops * probability)
-    chosen = np.random.default_rng(key).permutation(crops)[:masked]
-    bounds = np.linspace(*ratio, masked + 1)
-    for order, crop in enumerate(chosen.tolist()):
-        random = np.random.default_rng((*key, crop))
-        count = max(1, math.floor(masks_CP.shape[1] * random.uniform(bounds[order], bounds[order + 1])))
-        masks_CP[crop] = block_mask(grid_side, count, random).reshape(-1)
-    return masks_CP
+    crops, patches, (low, high) = 2 * settings.batch_size, grid_side * grid_side, settings.mask_ratio
+    # Numbered after the last crop: numpy seeds (a, b, c) and (a, b, c, 0) alike, so that a bare key would be crop 0's.
+    random = np.random.default_rng((*key, crops))
+    chosen = random.permutation(crops)[: math.floor(crops * settings.mask_probability)]
+    shares = low + (high - low) * (np.arange(len(chosen)) + random.random(len(chosen))) / max(1, len(chosen))
+    counts = dict(zip(chosen.tolist(), np.maximum(1, np.floor(patches * shares)).astype(int).tolist(), strict=True))
+    masks_RP = np.zeros((len(rows), patches), dtype=bool)
+    for place, crop in enumerate(rows):
+        if crop in counts:
+            masks_RP[place] = block_mask(grid_side, counts[crop], np.random.default_rng((*key, crop))).reshape(-1)
+    return masks_RP
