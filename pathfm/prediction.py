@@ -12,10 +12,11 @@ from pathfm.log import say
 from pathfm.store.commit import commit_file, read_json
 from pathfm.store.record import Outcome
 from pathfm.study import ExtractSettings, Study, TileSettings
-from pathfm.workflow import RECIPE_FILE, begin, cohort_of, run_extraction, run_tiling, upstream_outcomes
+from pathfm.workflow import RECIPE_FILE, Run, begin, cohort_of, run_extraction, run_tiling, upstream_outcomes
 
 if TYPE_CHECKING:
     from pathfm.mil.predict import Prediction
+    from pathfm.mil.seen import Seen
 
 
 def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
@@ -36,28 +37,57 @@ def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
     changed = {"out": out.absolute(), "cohort": cohort, "tile": tile_settings, "extract": extract}
     run = begin(study.model_copy(update=changed))
     run_tiling(run)
+    seen = _check_seen(run)
     extraction = run_extraction(run)
-    usable = [outcome.slide_id for outcome in extraction.report.outcomes if outcome.status in {"done", "kept"}]
+    usable = [
+        outcome.slide_id
+        for outcome in extraction.report.outcomes
+        if outcome.status in {"done", "kept"} and seen.patients[outcome.slide_id] not in seen.left_out()
+    ]
     folder = extraction.sets["main"].folder
     predictions = predict(trained / "mil", [folder / f"{slide_id}.h5" for slide_id in usable])
     with (
         commit_file(run.layout.out / "predictions.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as stream,
     ):
-        csv.writer(stream).writerows(_prediction_rows(predictions, list(upstream_outcomes(run, extraction).values())))
+        csv.writer(stream).writerows(_prediction_rows(predictions, list(upstream_outcomes(run, extraction).values()), seen))
     say(f"{len(usable)} of {len(run.cohort.rows)} slides predicted: {run.layout.out / 'predictions.csv'}")
     return run.exit_code
 
 
-def _prediction_rows(predictions: Sequence[Prediction], outcomes: Sequence[Outcome]) -> Iterator[list[str]]:
-    """One row per slide, the failed and empty ones with their reason."""
+def _check_seen(run: Run) -> Seen:
+    """What the encoder has seen of the new slides, looked at before the hours of extraction.
+
+    A table with labels is there to be judged by, and then ``mil.seen_in_pretraining`` decides (refuse by default). Without
+    labels the predictions are merely marked.
+    """
+    from pathfm.mil.seen import check_refusal, look_for_seen
+
+    label = run.study.mil.label
+    study = run.study
+    if not any(row.labels.get(label) for row in run.cohort.rows):
+        study = study.model_copy(update={"mil": study.mil.model_copy(update={"seen_in_pretraining": "mark"})})
+    seen = look_for_seen(study, run.cohort, run.layout.tiles)
+    patients = set(seen.patients.values())
+    check_refusal(seen, patients)
+    for note in seen.notes(patients - seen.left_out()):
+        say(note)
+    return seen
+
+
+def _prediction_rows(predictions: Sequence[Prediction], outcomes: Sequence[Outcome], seen: Seen) -> Iterator[list[str]]:
+    """One row per slide, the failed, empty and left out ones with their reason."""
     by_slide = {prediction.slide_id: prediction for prediction in predictions}
     classes = list(predictions[0].probability) if predictions else []
-    yield ["slide_id", "outcome", "predicted", *(f"p_{name}" for name in classes), "lowest", "highest", "reason"]
+    header = ["slide_id", "outcome", "predicted", *(f"p_{name}" for name in classes), "lowest", "highest"]
+    yield [*header, "seen_in_pretraining", "reason"]
     for outcome in outcomes:
-        found = by_slide.get(outcome.slide_id)
+        patient, found = seen.patients[outcome.slide_id], by_slide.get(outcome.slide_id)
+        is_seen = str(int(patient in seen.seen_patients)) if seen.known else ""
         if found is None:
-            yield [outcome.slide_id, outcome.status, *[""] * (len(classes) + 3), outcome.reason]
+            left_out = patient in seen.left_out() and outcome.status in {"done", "kept"}
+            fate = ["left out", "seen in pretraining"] if left_out else [outcome.status, outcome.reason]
+            yield [outcome.slide_id, fate[0], *[""] * (len(classes) + 3), is_seen, fate[1]]
             continue
         numbers = [*found.probability.values(), found.lowest, found.highest]
-        yield [outcome.slide_id, "predicted", found.predicted, *(f"{number:.6f}" for number in numbers), ""]
+        yield [outcome.slide_id, "predicted", found.predicted, *(f"{number:.6f}" for number in numbers), is_seen, ""]

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pathfm.mil.ensemble import FoldPlaces
+from pathfm.mil.ensemble import FoldPlaces, tested_places
 from pathfm.stats.seeds import derive_seed
 
 COLOUR = "colour histogram"
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 
 class Baseline(NamedTuple):
-    """Out-of-fold answers of a baseline.
+    """Out-of-fold answers of a baseline, per bag of the test parts.
 
     Attributes:
         probability_BC: class probabilities of every bag.
@@ -47,14 +47,14 @@ def count_baseline(count_B: Sequence[int], label_B: Sequence[int], folds: Sequen
     """
     size_B1 = np.log1p(np.asarray(count_B, dtype=np.float64))[:, None]
     if len(set(label_B)) > 2:
-        return _cross_fit(size_B1, label_B, folds)[0]
+        return _cross_fit(size_B1, label_B, folds)[0][list(tested_places(folds))]
     probability_BC = np.zeros((len(label_B), 2))
     for fold in folds:
         scaler = StandardScaler().fit(size_B1[sorted(fold.train + fold.validation)])
         for place in fold.test:
             more = float(expit(scaler.transform(size_B1[[place]])[0, 0]))
             probability_BC[place, [positive, 1 - positive]] = more, 1 - more
-    return probability_BC
+    return probability_BC[list(tested_places(folds))]
 
 
 def colour_baseline(bags: Sequence[Floats], label_B: Sequence[int], folds: Sequence[FoldPlaces], positive: int) -> Baseline:
@@ -66,8 +66,9 @@ def colour_baseline(bags: Sequence[Floats], label_B: Sequence[int], folds: Seque
     bag_BD = np.stack([bag.mean(axis=0) for bag in bags])
     probability_BC, models = _cross_fit(bag_BD, label_B, folds)
     fold_of = {place: number for number, fold in enumerate(folds) for place in fold.test}
-    scores = tuple(_tile_score(models[fold_of[place]], bag, positive) for place, bag in enumerate(bags))
-    return Baseline(probability_BC, scores)
+    tested = tested_places(folds)
+    scores = tuple(_tile_score(models[fold_of[place]], bags[place], positive) for place in tested)
+    return Baseline(probability_BC[list(tested)], scores)
 
 
 def shuffled_labels(stratum_of: Mapping[str, str], test_parts: Sequence[Sequence[str]], seed: int) -> dict[str, str]:

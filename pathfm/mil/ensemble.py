@@ -42,6 +42,11 @@ class FoldPlaces:
     test: tuple[int, ...]
 
 
+def tested_places(folds: Sequence[FoldPlaces]) -> tuple[int, ...]:
+    """The bags that are in a test part, in their order: the rows of every out-of-fold answer."""
+    return tuple(sorted(place for fold in folds for place in fold.test))
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One model of the study: what it learns from and what its networks are recorded with.
@@ -86,7 +91,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """What networks that never met a bag say of it: the mean of the members of its fold, per bag.
+    """What networks that never met a bag say of it: the mean of the members of its fold, per bag of the test parts.
 
     Attributes:
         probability_BC: class probabilities.
@@ -119,7 +124,7 @@ def out_of_fold(experiment: Experiment, folds: Sequence[FoldPlaces]) -> OutOfFol
             curves += [CurvePoint(number, member, epoch, loss) for epoch, loss in enumerate(fitted.curve)]
             for place, answer in zip(folds[number].test, answers, strict=True):
                 said.setdefault(place, []).append(answer)
-    means = [_mean(said[place]) for place in range(len(experiment.bags.bags))]
+    means = [_mean(said[place]) for place in tested_places(folds)]
     return OutOfFold(
         np.stack([answer.probability_C for answer in means]),
         tuple(answer.attention_N for answer in means),

@@ -28,12 +28,14 @@ class Judged:
         probability_BC: class probabilities.
         label_B: class numbers (shuffled ones for the shuffled control).
         localisation: how well tile scores find the lesion, None where that cannot be said.
+        transductive: it rests on an encoder that has seen some of these patients.
     """
 
     name: str
     probability_BC: NDArray[np.float64]
     label_B: tuple[int, ...]
     localisation: Localisation | None = None
+    transductive: bool = False
 
 
 def model_metrics(judged: Judged, patient_B: Sequence[str], positive: int, settings: MilSettings) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def model_metrics(judged: Judged, patient_B: Sequence[str], positive: int, setti
             derive_seed("balanced accuracy", settings.seed),
         )._asdict(),
         "localisation_auroc": judged.localisation._asdict() if judged.localisation else None,
+        "transductive": judged.transductive,
     }
 
 

@@ -30,6 +30,7 @@ class MilInputs:
         upstream: what became of each slide in extraction.
         main_name: what reports call the main model.
         fingerprint: of the features.
+        encoder_dir: folder of the study's own encoder with its card and manifest; None where another one is used.
     """
 
     features_dirs: Mapping[str, Path]
@@ -38,6 +39,7 @@ class MilInputs:
     upstream: Mapping[str, Outcome]
     main_name: str
     fingerprint: str
+    encoder_dir: Path | None = None
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm.mil.bags import split_by_slide
-from pathfm.mil.ensemble import OutOfFold
+from pathfm.mil.ensemble import OutOfFold, tested_places
 from pathfm.mil.heatmap import Canvas, draw_heatmap, write_heatmap
 from pathfm.mil.inputs import Gathered
 from pathfm.mil.plan import Plan
@@ -24,6 +24,8 @@ from pathfm.store.commit import commit_dir, commit_file, write_json
 from pathfm.store.tile_store import TileStore
 
 Cell = str | int | float
+NOT_JUDGED = "not judged: by mil.seen_in_pretraining, only patients whom the encoder has not seen are"
+"""The reason of someone who was learned from only."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class SlideAttention:
 
 
 def attention_by_slide(plan: Plan, answers: OutOfFold) -> dict[str, SlideAttention]:
-    """The attention of every bag, handed back to its slides."""
+    """The attention of every judged bag, handed back to its slides."""
     found: dict[str, SlideAttention] = {}
-    for place, unit in enumerate(plan.roster.units):
+    for place, unit in enumerate(plan.judged.units):
         weights = split_by_slide(unit, plan.gathered.slides, answers.attention[place])
         logits = split_by_slide(unit, plan.gathered.slides, answers.attention_logit[place])
         found.update({slide_id: SlideAttention(weights[slide_id], logits[slide_id]) for slide_id in unit.slide_ids})
@@ -53,7 +55,8 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Cell]
 def write_predictions(path: Path, plan: Plan, answers: OutOfFold) -> None:
     """One row per patient (or slide) of the cohort: first those with a prediction, then those of whom nothing was left.
 
-    ``reason`` says why someone has no prediction, or which slides of someone who has one took no part.
+    ``reason`` says why someone has no prediction, or which slides of someone who has one took no part;
+    ``seen_in_pretraining`` is 1 or 0, or empty where it is not known.
     """
     classes = plan.roster.classes
     header = (
@@ -65,35 +68,31 @@ def write_predictions(path: Path, plan: Plan, answers: OutOfFold) -> None:
         *(f"probability_{name}" for name in classes),
         "predicted",
         "used",
+        "seen_in_pretraining",
         "reason",
     )
     fold_of = {place: number for number, fold in enumerate(plan.places) for place in fold.test}
     lost, tiles_B = _lost_slides(plan), plan.tiles_B
+    said = dict(zip(tested_places(plan.places), answers.probability_BC, strict=True))
     rows: list[list[Cell]] = []
     for place, unit in enumerate(plan.roster.units):
-        probability = answers.probability_BC[place].tolist()
-        predicted = classes[int(answers.probability_BC[place].argmax())]
+        about: list[Cell] = [unit.patient_id, ";".join(unit.slide_ids), tiles_B[place], fold_of.get(place, ""), unit.label]
         reason = _reasons(lost.pop(unit.unit_id, []), plan)
-        rows.append(
-            [
-                unit.patient_id,
-                ";".join(unit.slide_ids),
-                tiles_B[place],
-                fold_of[place],
-                unit.label,
-                *probability,
-                predicted,
-                1,
-                reason,
-            ]
-        )
+        answer: list[Cell] = [*[""] * len(classes), ""]
+        if place in said:
+            answer = [*said[place].tolist(), classes[int(said[place].argmax())]]
+        else:
+            reason = "; ".join(filter(None, (NOT_JUDGED, reason)))
+        rows.append([*about, *answer, 1, _seen(unit.patient_id, plan), reason])
     for _, absent in sorted(lost.items()):
-        label = absent[0].labels.get(plan.settings.label, "")
-        slides = ";".join(row.slide_id for row in absent)
-        rows.append(
-            [plan.patients[absent[0].slide_id], slides, 0, "", label, *[""] * len(classes), "", 0, _reasons(absent, plan)]
-        )
+        patient, label = plan.patients[absent[0].slide_id], absent[0].labels.get(plan.settings.label, "")
+        about = [patient, ";".join(row.slide_id for row in absent), 0, "", label]
+        rows.append([*about, *[""] * len(classes), "", 0, _seen(patient, plan), _reasons(absent, plan)])
     write_table(path, header, rows)
+
+
+def _seen(patient: str, plan: Plan) -> Cell:
+    return int(patient in plan.seen.seen_patients) if plan.seen.known else ""
 
 
 def _lost_slides(plan: Plan) -> dict[str, list[SlideRow]]:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from pathfm.compute import pick_device, usable_cores, use_threads
 from pathfm.config import fingerprint
-from pathfm.errors import StoreError
+from pathfm.errors import StoreError, UsageError
 from pathfm.faults import crash_point
 from pathfm.mil.bags import SlideFeatures, split_by_slide
 from pathfm.mil.controls import COLOUR, COUNT, SHUFFLED, UNTRAINED, colour_baseline, count_baseline
-from pathfm.mil.ensemble import VERSION, Experiment, OutOfFold, out_of_fold
+from pathfm.mil.ensemble import VERSION, Experiment, OutOfFold, out_of_fold, tested_places
 from pathfm.mil.evaluation import Judged, model_metrics, roc_rows
 from pathfm.mil.fit import Bags
 from pathfm.mil.inputs import MilInputs, read_control
@@ -31,6 +31,7 @@ from pathfm.mil.outputs import (
 )
 from pathfm.mil.plan import Plan, make_plan
 from pathfm.mil.roster import flow
+from pathfm.mil.seen import HEADER, check_refusal
 from pathfm.stats.folds import folds_record
 from pathfm.stats.localisation import Localisation, ScoredSlide, localisation_auroc
 from pathfm.stats.seeds import derive_seed
@@ -41,7 +42,10 @@ from pathfm.study import Study
 
 __all__ = ["VERSION", "MilInputs", "run_mil"]
 
-OUTPUTS = ("metrics.json", "folds.json", "predictions.csv", "curves.csv", "roc.csv", "top_tiles.json", "attention", "heatmaps")
+SEEN, REFUSED = "seen.csv", "refused.csv"
+"""What the encoder has seen of these slides; and the same, where numbers were refused for it."""
+TABLES = ("metrics.json", "folds.json", "predictions.csv", "curves.csv", "roc.csv", "top_tiles.json", SEEN)
+OUTPUTS = (*TABLES, "attention", "heatmaps")
 STATUS = {"no file": "failed", "failed": "failed", "empty": "empty", "no label": "empty"}
 """The outcome of a slide that takes no part, by the kind of its absence."""
 
@@ -59,13 +63,15 @@ def run_mil(study: Study, cohort: Cohort, inputs: MilInputs) -> StageReport:
     """Trains, judges and writes the mil folder; what is up to date is kept, and a killed run goes on where it was.
 
     Raises:
-        UsageError: the cohort cannot be split (no patients, contradicting labels, too few patients per class).
+        UsageError: the cohort cannot be split (no patients, contradicting labels, too few patients per class), or the encoder
+            has seen some of it and that is refused: nothing that is there changes but ``refused.csv``, the list of them.
         StoreError: features of different encoders, or of a control that do not fit.
         TrainingError: a loss is not finite.
     """
     started = datetime.datetime.now(datetime.UTC)
     use_threads(study.compute)
     plan = make_plan(study, cohort, inputs)
+    _check_seen(plan, inputs)
     features = _features(plan, inputs)
     controls = [plan.digest_B(slides) if slides else None for slides in (features.colour, features.untrained)]
     wanted = fingerprint(VERSION, inputs.fingerprint, inputs.main_name, plan.fingerprint, controls)
@@ -79,6 +85,16 @@ def run_mil(study: Study, cohort: Cohort, inputs: MilInputs) -> StageReport:
     report = _report(plan, "done")
     write_record(inputs.mil_dir, report, study.mil, started)
     return report
+
+
+def _check_seen(plan: Plan, inputs: MilInputs) -> None:
+    refused = inputs.mil_dir / REFUSED
+    try:
+        check_refusal(plan.seen, set(plan.patient_B))
+    except UsageError:
+        write_table(refused, HEADER, plan.seen.rows())
+        raise
+    refused.unlink(missing_ok=True)
 
 
 def _features(plan: Plan, inputs: MilInputs) -> Features:
@@ -119,11 +135,12 @@ def _run(plan: Plan, features: Features, inputs: MilInputs, wanted: str) -> None
     judged = _judge(plan, features, inputs, answers)
     main = answers[inputs.main_name]
     attention = attention_by_slide(plan, main)
-    shown = shown_slides(plan.roster, report.heatmaps)
+    shown = shown_slides(plan.judged, report.heatmaps)
     write_attention(folder / "attention", plan.gathered, attention)
     write_heatmaps(folder / "heatmaps", shown, plan, attention)
     write_top_tiles(folder / "top_tiles.json", shown, attention, report.top_tiles)
     write_predictions(folder / "predictions.csv", plan, main)
+    write_table(folder / SEEN, HEADER, plan.seen.rows())
     write_table(
         folder / "roc.csv", ("model", "fpr", "tpr"), [row for model in judged for row in roc_rows(model, plan.positive)]
     )
@@ -141,6 +158,10 @@ def _run(plan: Plan, features: Features, inputs: MilInputs, wanted: str) -> None
 def _judge(plan: Plan, features: Features, inputs: MilInputs, answers: dict[str, OutOfFold]) -> list[Judged]:
     """The model and its controls on the same folds; what their networks said goes into ``answers``."""
     label_B, positive = plan.roster.label_B, plan.positive
+    truth_B = plan.judged.label_B
+    dealt_B = plan.shuffled_B
+    shuffled_B = tuple(dealt_B[place] for place in tested_places(plan.places))
+    seen = plan.seen.known and plan.seen.share(plan.judged_patients) > 0
 
     def networks(name: str, place: str, slides: Mapping[str, SlideFeatures], label_B: tuple[int, ...]) -> OutOfFold:
         answers[name] = out_of_fold(_experiment(plan, inputs, (name, place), slides, label_B), plan.places)
@@ -150,19 +171,19 @@ def _judge(plan: Plan, features: Features, inputs: MilInputs, answers: dict[str,
         return _localisation(plan, found.attention)
 
     main = networks(inputs.main_name, "models", features.main, label_B)
-    judged = [Judged(inputs.main_name, main.probability_BC, label_B, attended(main))]
+    judged = [Judged(inputs.main_name, main.probability_BC, truth_B, attended(main), seen)]
     if not plan.settings.controls:
         return judged
     if features.colour:
         bags = [bag.double().numpy() for bag in plan.bags(features.colour)]
         colour = colour_baseline(bags, label_B, plan.places, positive)
-        judged.append(Judged(COLOUR, colour.probability_BC, label_B, _localisation(plan, colour.tile_score)))
-    judged.append(Judged(COUNT, count_baseline(plan.tiles_B, label_B, plan.places, positive), label_B))
+        judged.append(Judged(COLOUR, colour.probability_BC, truth_B, _localisation(plan, colour.tile_score)))
+    judged.append(Judged(COUNT, count_baseline(plan.tiles_B, label_B, plan.places, positive), truth_B))
     if features.untrained:
         untrained = networks(UNTRAINED, "controls/untrained", features.untrained, label_B)
-        judged.append(Judged(UNTRAINED, untrained.probability_BC, label_B, attended(untrained)))
-    shuffled = networks(SHUFFLED, "controls/shuffled", features.main, plan.shuffled_B)
-    return [*judged, Judged(SHUFFLED, shuffled.probability_BC, plan.shuffled_B)]
+        judged.append(Judged(UNTRAINED, untrained.probability_BC, truth_B, attended(untrained)))
+    shuffled = networks(SHUFFLED, "controls/shuffled", features.main, dealt_B)
+    return [*judged, Judged(SHUFFLED, shuffled.probability_BC, shuffled_B, transductive=seen)]
 
 
 def _experiment(
@@ -194,7 +215,7 @@ def _experiment(
 def _localisation(plan: Plan, score: Sequence[NDArray[np.float64]]) -> Localisation | None:
     """How well tile scores find the lesion in the slides of the positive class."""
     scored = []
-    for unit, score_N in zip(plan.roster.units, score, strict=True):
+    for unit, score_N in zip(plan.judged.units, score, strict=True):
         if unit.label == plan.roster.positive:
             parts = split_by_slide(unit, plan.gathered.slides, score_N)
             known = [slide_id for slide_id in unit.slide_ids if slide_id in plan.gathered.truth]
@@ -204,25 +225,24 @@ def _localisation(plan: Plan, score: Sequence[NDArray[np.float64]]) -> Localisat
 
 
 def _metrics(plan: Plan, judged: Sequence[Judged], features: Features, inputs: MilInputs) -> dict[str, Any]:
-    roster = plan.roster
+    roster, patients = plan.roster, plan.judged_patients
     return {
         "label": plan.settings.label,
         "classes": list(roster.classes),
         "positive": roster.positive,
         "level": plan.settings.level,
-        "n_slides": len(plan.gathered.slides),
-        "n_patients": len(set(plan.patient_B)),
-        "models": {model.name: model_metrics(model, plan.patient_B, plan.positive, plan.settings) for model in judged},
+        "n_slides": sum(len(unit.slide_ids) for unit in plan.judged.units),
+        "n_patients": len(set(patients)),
+        "models": {model.name: model_metrics(model, patients, plan.positive, plan.settings) for model in judged},
         "primary": inputs.main_name,
         "flow": flow(plan.cohort, plan.gathered.absent),
-        "notes": [*plan.gathered.notes, *_notes(plan, features)],
+        "seen_in_pretraining": plan.seen.record(patients),
+        "notes": [*plan.gathered.notes, *plan.seen.notes(patients), *_notes(plan, features)],
     }
 
 
 def _notes(plan: Plan, features: Features) -> list[str]:
     notes = []
-    if plan.study.extract.encoder == "pretrained":
-        notes.append("transductive: the encoder was pretrained, without labels, on tiles of these same patients")
     if any(not row.patient_id for row in plan.cohort.rows):
         notes.append(
             "slides without patient_id count as patients of their own: two slides of one patient may lie in different folds"

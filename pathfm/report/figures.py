@@ -99,6 +99,7 @@ def roc_chart(result: MilResult) -> Chart | None:
         control = 0
         for score, points in lines:
             name = f"{score.name}  {score.auroc.value:.2f}" if score.auroc else score.name
+            name += " (transductive)" * score.transductive
             style: dict[str, Any] = {"color": ACCENT, "linewidth": 2.4, "zorder": 4}
             if not score.is_primary:
                 index = control % len(CONTROL_COLOURS)
@@ -113,7 +114,7 @@ def roc_chart(result: MilResult) -> Chart | None:
     alt = f"ROC curves; area under the curve: {named}"
     rest = " against all other labels" if len(result.classes) > 2 else ""
     caption = f"ROC curves of “{result.positive}”{rest}, pooled over the test folds. The key gives the AUROC of the table."
-    return Chart(slots[0], alt, caption)
+    return Chart(slots[0], alt, caption + _transductive(result))
 
 
 def training_chart(result: MilResult) -> Chart | None:
@@ -132,11 +133,11 @@ def training_chart(result: MilResult) -> Chart | None:
             for rows in runs.values():
                 points = _pairs(rows, "epoch", column)
                 axes.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.45, linewidth=1)
-            axes.set(title=title, xlabel="epoch")
+            axes.set(title=title + " (transductive)" * result.main.transductive, xlabel="epoch")
         panels[1].sharey(panels[0])
         panels[1].autoscale()
     what = f"{len(runs)} networks ({len({fold for fold, _ in runs})} folds)"
-    caption = f"Slide classifier: loss of {what}. The test fold plays no part in either curve."
+    caption = f"Slide classifier: loss of {what}. The test fold plays no part in either curve.{_transductive(result)}"
     return Chart(slots[0], f"Training curves of {what}", caption)
 
 
@@ -155,6 +156,11 @@ def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
     first, last = columns[0][1][0], columns[0][1][-1]
     alt = f"Pretraining: {columns[0][0]} goes from {first[1]:.3g} at step {first[0]:g} to {last[1]:.3g} at step {last[0]:g}"
     return Chart(slots[0], alt, f"Pretraining of the encoder, up to step {last[0]:g}.")
+
+
+def _transductive(result: MilResult) -> str:
+    """What a picture has to say when it is cut out of the page."""
+    return f" {result.seen.words.capitalize()}." if result.seen and result.seen.transductive else ""
 
 
 def _points(rows: Sequence[Row], model: str, x: str, y: str) -> list[tuple[float, float]]:

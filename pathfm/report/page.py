@@ -17,7 +17,8 @@ from pathfm.report.gallery import Gallery
 from pathfm.report.operating import Operating
 from pathfm.report.results import Estimate, MilResult
 from pathfm.report.summary import warnings
-from pathfm.study import Settings, Study
+from pathfm.settings import Settings
+from pathfm.study import Study
 
 LONG_TABLE = 30
 """Rows above which a table is folded away."""

@@ -50,8 +50,38 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What the encoder had seen in pretraining of the patients whom the numbers rest on; None where nobody knows.
+
+    Attributes:
+        rule: ``mil.seen_in_pretraining`` as it was applied.
+        patients: seen patients.
+        share: of all judged patients.
+        left_out: patients who were not judged because they had been seen.
+    """
+
+    rule: str
+    patients: int | None = None
+    share: float | None = None
+    left_out: int = 0
+
+    @property
+    def transductive(self) -> bool:
+        """Whether any was seen: then numbers of this encoder are not those of new patients."""
+        return bool(self.patients)
+
+    @property
+    def words(self) -> str:
+        """What stands beside every such number; empty when none was seen."""
+        return f"transductive: {self.share or 0:.0%} of patients seen in pretraining" if self.transductive else ""
+
+
+@dataclass(frozen=True)
 class ModelScore:
-    """One model or control, judged on the same folds as all others."""
+    """One model or control, judged on the same folds as all others.
+
+    ``transductive``: it rests on the encoder, and that has seen some of the patients.
+    """
 
     name: str
     is_primary: bool
@@ -60,6 +90,7 @@ class ModelScore:
     balanced_accuracy: Estimate | None
     localisation: Estimate | None
     localisation_slides: int | None
+    transductive: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +102,7 @@ class MilResult:
         predictions: rows of ``predictions.csv``.
         curves: rows of ``curves.csv``.
         roc: rows of ``roc.csv``.
+        seen: what the encoder had seen of these patients; None in results of older versions.
     """
 
     label: str
@@ -82,6 +114,7 @@ class MilResult:
     primary: str
     scores: tuple[ModelScore, ...]
     notes: tuple[str, ...]
+    seen: Seen | None = None
     predictions: tuple[Row, ...] = field(default=(), repr=False)
     curves: tuple[Row, ...] = field(default=(), repr=False)
     roc: tuple[Row, ...] = field(default=(), repr=False)
@@ -118,6 +151,7 @@ def read_mil(folder: Path) -> MilResult | None:
             primary=str(content["primary"]),
             scores=_scores(content["models"], str(content["primary"])),
             notes=tuple(str(note) for note in content["notes"]),
+            seen=_seen(content.get("seen_in_pretraining")),
             predictions=read_rows(folder / "predictions.csv"),
             curves=read_rows(folder / "curves.csv"),
             roc=read_rows(folder / "roc.csv"),
@@ -145,6 +179,19 @@ def _score(name: str, content: Mapping[str, Any], is_primary: bool) -> ModelScor
         balanced_accuracy=_estimate(content.get("balanced_accuracy")),
         localisation=_estimate(localisation),
         localisation_slides=int(localisation["n_slides"]) if localisation and "n_slides" in localisation else None,
+        transductive=bool(content.get("transductive")),
+    )
+
+
+def _seen(content: Mapping[str, Any] | None) -> Seen | None:
+    if content is None:
+        return None
+    patients = content["patients_seen"]
+    return Seen(
+        str(content["rule"]),
+        None if patients is None else int(patients),
+        to_number(content["share"]),
+        int(content["left_out"]),
     )
 
 

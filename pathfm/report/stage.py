@@ -20,7 +20,7 @@ from pathfm.store.commit import commit_file, read_json, write_json
 from pathfm.store.record import Outcome, StageReport, read_record, write_record
 from pathfm.study import Study
 
-VERSION = 1
+VERSION = 2
 """Goes up when the same inputs give another page."""
 
 

@@ -47,9 +47,22 @@ def summarise(name: str, fingerprint: str, fates: Sequence[Fate], result: MilRes
         **_numbers("balanced_accuracy", main.balanced_accuracy if main else None),
         **_numbers("localisation_auroc", main.localisation if main else None),
         "localisation_slides": main.localisation_slides if main else None,
+        **_seen(result),
         "controls": {score.name: _control(score) for score in (result.controls if result else ())},
         "warnings": list(warnings(result)) if result else [],
         "notes": list(result.notes) if result else [],
+    }
+
+
+def _seen(result: MilResult | None) -> dict[str, Any]:
+    seen = result.seen if result else None
+    known = seen is not None and seen.patients is not None
+    return {
+        "seen_in_pretraining": seen.rule if seen else None,
+        "transductive": seen.transductive if seen and known else None,
+        "patients_seen": seen.patients if seen else None,
+        "patients_seen_share": seen.share if seen else None,
+        "patients_left_out": seen.left_out if seen else None,
     }
 
 
@@ -61,6 +74,7 @@ def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
 
 def _control(score: ModelScore) -> dict[str, float | None]:
     return {
+        "transductive": score.transductive,
         **_numbers("auroc", score.auroc),
         **_numbers("balanced_accuracy", score.balanced_accuracy),
         "localisation_auroc": score.localisation.value if score.localisation else None,
@@ -81,6 +95,11 @@ def warnings(result: MilResult) -> tuple[str, ...]:
         found.append(f"The control “{rival.name}” is at least as good as the model: the model adds nothing to it here.")
     elif main and rival and rival.auroc and main.overlaps(rival.auroc):
         found.append(f"The intervals of the model and of the control “{rival.name}” overlap: the gain may be chance.")
+    if result.seen and result.seen.transductive:
+        found.append(
+            f"Numbers marked transductive rest on an encoder that was pretrained, without labels, on slides of "
+            f"{result.seen.share or 0:.0%} of these patients: for new patients expect less."
+        )
     shuffled = next((score.auroc for score in result.controls if score.name == "shuffled labels"), None)
     if shuffled and not shuffled.covers(0.5):
         found.append(
@@ -96,15 +115,17 @@ def key_numbers(summary: Mapping[str, Any]) -> list[str]:
     lines[0] += "".join(f", {summary[key]} {key.replace('_', ' ')}" for key in ("failed", "empty", "left_out") if summary[key])
     if summary["auroc"] is None:
         return [*lines, "no classifier result"]
-    lines.append(f"AUROC {_spoken(summary, 'auroc')}, {summary['primary']}")
+    share = summary["patients_seen_share"]
+    seen = f", transductive: {share:.0%} of patients seen in pretraining" if summary["transductive"] else ""
+    lines.append(f"AUROC {_spoken(summary, 'auroc')}, {summary['primary']}{seen}")
     if summary["balanced_accuracy"] is not None:
-        lines.append(f"balanced accuracy {_spoken(summary, 'balanced_accuracy')}")
+        lines.append(f"balanced accuracy {_spoken(summary, 'balanced_accuracy')}{seen}")
     if summary["localisation_auroc"] is not None:
         where = f" on {counted(summary['localisation_slides'], 'slide')}" if summary["localisation_slides"] else ""
-        lines.append(f"localisation AUROC {_spoken(summary, 'localisation_auroc')}{where}")
+        lines.append(f"localisation AUROC {_spoken(summary, 'localisation_auroc')}{where}{seen}")
     for name, control in summary["controls"].items():
         if control["auroc"] is not None:
-            lines.append(f"control {name}: AUROC {_spoken(control, 'auroc')}")
+            lines.append(f"control {name}: AUROC {_spoken(control, 'auroc')}{seen if control['transductive'] else ''}")
     return [*lines, *summary["warnings"]]
 
 

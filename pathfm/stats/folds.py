@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -48,6 +48,30 @@ def stratified_group_folds(stratum_of: Mapping[str, str], folds: int, inner_frac
         for position, patient in enumerate(_shuffled(patients, derive_seed("folds", seed, stratum))):
             test_of[patient] = (start + position) % folds
     return tuple(_fold(number, strata, test_of, inner_fraction, seed) for number in range(folds))
+
+
+def held_out_fold(stratum_of: Mapping[str, str], test: Collection[str], inner_fraction: float, seed: int) -> Fold:
+    """The one fold whose test part is already decided.
+
+    With the test part of the first of ``stratified_group_folds``, this is that fold.
+
+    Args:
+        stratum_of: patient -> stratum.
+        test: patients of the test part; those without a stratum do not count.
+        inner_fraction: share of the others that becomes the validation part.
+        seed: any integer.
+
+    Raises:
+        UsageError: a stratum has nobody to test, or fewer than two patients to learn from and to stop by.
+    """
+    strata = _members(stratum_of)
+    test_of = {patient: 0 if patient in test else 1 for patients in strata.values() for patient in patients}
+    held = {name: sum(test_of[patient] == 0 for patient in patients) for name, patients in strata.items()}
+    if len(strata) < 2 or any(not count or len(strata[name]) - count < 2 for name, count in held.items()):
+        counts = ", ".join(f"{name}: {count} of {len(strata[name])}" for name, count in held.items())
+        what = f"every class needs a patient to test and two others, but held out are {counts or 'none'}"
+        raise UsageError(what, where="cohort, column split", fix="change the split, or leave the column out")
+    return _fold(0, strata, test_of, inner_fraction, seed)
 
 
 def folds_record(folds: tuple[Fold, ...], seed: int) -> dict[str, object]:

@@ -49,6 +49,43 @@ def test_key_numbers_are_plain_lines(tmp_path: Path) -> None:
     assert key_numbers(summarise("x", "f", fates, None))[-1] == "no classifier result"
 
 
+def transductive(folder: Path) -> Path:
+    write_mil(folder)
+    content = metrics()
+    content["seen_in_pretraining"] = {"rule": "mark", "patients_seen": 3, "share": 0.5, "left_out": 0}
+    for name in (MODELS[0], MODELS[4]):
+        content["models"][name]["transductive"] = True  # type: ignore[index]
+    (folder / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_every_number_that_rests_on_a_seen_encoder_says_transductive(tmp_path: Path) -> None:
+    fates = slide_fates(cohort(tmp_path), records(tmp_path), "diagnosis")
+    summary = summarise("x", "f", fates, read_mil(transductive(tmp_path / "mil")))
+    assert (summary["transductive"], summary["patients_seen"], summary["patients_seen_share"]) == (True, 3, 0.5)
+    assert {name for name, control in summary["controls"].items() if control["transductive"]} == {"shuffled labels"}
+    said = ", transductive: 50% of patients seen in pretraining"
+    lines = [line for line in key_numbers(summary) if line.endswith(said)]
+    assert [line.split()[0] for line in lines] == ["AUROC", "balanced", "localisation", "control"]
+
+
+def test_results_without_a_word_about_pretraining_claim_nothing(tmp_path: Path) -> None:
+    write_mil(tmp_path / "mil")
+    fates = slide_fates(cohort(tmp_path), records(tmp_path), "diagnosis")
+    summary = summarise("x", "f", fates, read_mil(tmp_path / "mil"))
+    assert (summary["transductive"], summary["patients_seen"]) == (None, None)
+
+
+def test_page_and_plots_say_transductive(study: Study, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs()
+    (inputs.mil_dir / "heatmaps").rename(inputs.out / "heatmaps")
+    (inputs.mil_dir / "metrics.json").unlink()
+    run_report(study, replace(inputs, mil_dir=transductive(inputs.out / "other")))
+    html = (inputs.report_dir / "index.html").read_text()
+    assert html.count("transductive: 50% of patients seen in pretraining") >= 6
+    assert html.count("Transductive: 50% of patients seen in pretraining.") == 2  # the two plots
+
+
 def changed(folder: Path, name: str, value: float, low: float, high: float) -> Path:
     write_mil(folder)
     content = metrics()
