@@ -36,6 +36,7 @@ def check(study: Study) -> ExitCode:
         for row, result in track(found, "check", len(rows))
     }
     say(check_table([checked[row.slide_id] for row in rows], study.compute.workers or usable_cores()))
+    say_keep_note(study)
     return ExitCode.SOME_FAILED if any(row.problem for row in checked.values()) else ExitCode.DONE
 
 
@@ -119,6 +120,14 @@ def export(source: Path, format: str, out: Path) -> ExitCode:
     report = StageReport("export", outcomes)
     say(f"export: {', '.join(f'{number} {name}' for name, number in sorted(report.statuses.items()))} in {out}")
     return report.exit_code
+
+
+def say_keep_note(study: Study) -> None:
+    """Says which ``tile.keep_px`` the study's pretraining wants, when the tiles have less."""
+    from pathfm.tile.check import keep_note
+
+    if note := keep_note(study):
+        say(f"note: {note}")
 
 
 def _stores_in(source: Path) -> tuple[list[Path], list[Outcome]]:

@@ -173,10 +173,14 @@ def tile(study: Study) -> ExitCode:
 
 
 def pretrain(study: Study) -> ExitCode:
-    """``pathfm pretrain``."""
+    """``pathfm pretrain``; under torchrun or SLURM every process calls it, and the first of them writes and tells."""
+    from pathfm.pretrain.launch import process_rank
+    from pathfm.pretraining import run_pretraining
+
     run = begin(study)
-    _pretrain(run)
-    _keep_settings(run)
+    run_pretraining(run)
+    if process_rank() == 0:
+        _keep_settings(run)
     return run.exit_code
 
 
@@ -209,7 +213,9 @@ def run(study: Study) -> ExitCode:
     _keep_settings(run)
     run_tiling(run)
     if study.extract.encoder == "pretrained":
-        _pretrain(run)
+        from pathfm.pretraining import run_pretraining
+
+        run_pretraining(run)
     _mil(run, run_extraction(run))
     _report(run)
     if all(report.did_nothing for report in run.reports.values()):
@@ -232,14 +238,19 @@ def _check_for_mil(run: Run) -> None:
             where="cohort",
             fix="add a patient_id column, or pass --patient-is-slide if every slide is another patient",
         )
+    from pathfm.mil.held_out import held_out_slides
+
+    held_out_slides(run.study, run.cohort)
 
 
 def run_tiling(run: Run) -> None:
     """The tile stage, noted."""
     from pathfm.tile.stage import run_tile
+    from pathfm.tiling import say_keep_note
 
     report = run_tile(run.study, run.cohort, run.layout)
     run.note(report)
+    say_keep_note(run.study)
     run.stores = None
     # Every job of an array would write the same page again.
     if not run.study.compute.shard:
@@ -251,7 +262,7 @@ def run_tiling(run: Run) -> None:
             say(f"page: {page}")
 
 
-def _stores(run: Run) -> dict[str, Path]:
+def stores_of(run: Run) -> dict[str, Path]:
     """Tile stores that hold tiles and are up to date, by slide; looked at once, since that reads a part of every slide."""
     from pathfm.tile.stage import store_is_current
 
@@ -270,39 +281,21 @@ def _stores(run: Run) -> dict[str, Path]:
     return stores
 
 
-def _pretrain(run: Run) -> None:
-    from pathfm.pretrain.stage import VERSION, run_pretrain
-
-    stores = _stores(run)
-    digest = _pretrain_fingerprint(run, VERSION, stores)
-    folder = run.layout.encoder(run.study.pretrain.backbone, digest)
-    run.note(run_pretrain(run.study, [stores[slide_id] for slide_id in sorted(stores)], folder, digest))
-
-
-def _pretrain_fingerprint(run: Run, version: int, stores: Mapping[str, Path]) -> str:
-    if not stores:
-        fix = "run `pathfm tile`, and see its record for the reasons"
-        raise StoreError("no slide has tiles", where=str(run.layout.tiles), fix=fix)
-    inputs = {slide_id: open_tiles(path).fingerprint for slide_id, path in stores.items()}
-    return fingerprint({"version": version, "stores": inputs}, run.study.pretrain)
-
-
-def _own_encoder(run: Run) -> Path | None:
+def own_encoder(run: Run) -> Path | None:
     """Folder of the study's own encoder, None when a public one is used."""
     if run.study.extract.encoder != "pretrained":
         return None
-    from pathfm.pretrain.stage import VERSION
+    from pathfm.pretraining import encoder_folder
 
-    digest = _pretrain_fingerprint(run, VERSION, _stores(run))
-    return run.layout.encoder(run.study.pretrain.backbone, digest)
+    return encoder_folder(run)
 
 
 def run_extraction(run: Run) -> Extraction:
     """The extract stage on up-to-date stores, noted."""
     from pathfm.extract.stage import run_extract
 
-    _stores(run)
-    extraction = run_extract(run.study, run.cohort, run.layout, _own_encoder(run), run.stale)
+    stores_of(run)
+    extraction = run_extract(run.study, run.cohort, run.layout, own_encoder(run), run.stale)
     run.note(extraction.report)
     return extraction
 
@@ -311,18 +304,20 @@ def _mil(run: Run, extraction: Extraction) -> None:
     from pathfm.mil.inputs import MilInputs
     from pathfm.mil.stage import VERSION, run_mil
 
+    own = own_encoder(run)
     main, upstream = extraction.sets["main"], upstream_outcomes(run, extraction)
     folders = {role: features.folder for role, features in extraction.sets.items()}
     inputs = MilInputs(
         features_dirs=folders,
         stores_dir=run.layout.tiles,
         mil_dir=run.layout.mil,
+        encoder_dir=own / "teacher" if own else None,
         upstream=upstream,
         main_name=PRETRAINED if run.study.extract.encoder == "pretrained" else main.name,
         fingerprint=_mil_fingerprint(run, VERSION, folders, upstream),
     )
     run.note(run_mil(run.study, run.cohort, inputs))
-    own, recipe = _own_encoder(run), run.layout.mil / RECIPE_FILE
+    recipe = run.layout.mil / RECIPE_FILE
     content = {
         "own_encoder": (own / "teacher").relative_to(run.layout.out).as_posix() if own else None,
         "tile": run.study.tile.model_dump(mode="json"),
@@ -377,7 +372,7 @@ def _report(run: Run) -> None:
         out=run.layout.out,
         report_dir=run.layout.report,
         mil_dir=run.layout.mil,
-        encoder_dir=_own_encoder(run) or run.layout.out / "encoder",
+        encoder_dir=own_encoder(run) or run.layout.out / "encoder",
         stores_dir=run.layout.tiles,
         records=dict(run.reports),
         fingerprint=fingerprint(str(metrics["fingerprint"]), run.study.report, _outcome_rows(run)),

@@ -15,11 +15,38 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pathfm"
 # Imports point down: to a lower layer, or (first and last layer only) sideways. Networks save themselves through the store, so
 # models and compute sit above slides and store.
 LAYERS = (
-    {"errors", "addresses", "events", "faults", "geometry", "jpeg", "log", "study", "config", "stats", "workers"},
+    {
+        "errors",
+        "addresses",
+        "events",
+        "faults",
+        "geometry",
+        "jpeg",
+        "log",
+        "settings",
+        "presets",
+        "pretrain_settings",
+        "study",
+        "config",
+        "stats",
+        "workers",
+    },
     {"slides", "store"},
     {"models", "compute"},
     {"tile", "pretrain", "extract", "mil", "evaluate", "report"},
-    {"cli", "workflow", "prediction", "tiling", "inspection", "doctor", "demo", "__main__"},
+    {
+        "cli",
+        "workflow",
+        "prediction",
+        "tiling",
+        "pretraining",
+        "planning",
+        "exporting",
+        "inspection",
+        "doctor",
+        "demo",
+        "__main__",
+    },
 )
 SIDEWAYS = {0, len(LAYERS) - 1}
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pathfm.pretrain_settings import PretrainSettings
+
 
 class WeightNormLinear(nn.Module):
     """A linear layer without bias whose rows have direction ``weight_v`` and length ``weight_g`` (Salimans & Kingma 2016)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, train_length: bool = True) -> None:
         super().__init__()
         self.weight_v = nn.Parameter(nn.Linear(inputs, outputs, bias=False).weight.detach().clone())
-        self.weight_g = nn.Parameter(torch.ones(outputs, 1))
+        self.weight_g = nn.Parameter(torch.ones(outputs, 1), requires_grad=train_length)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
@@ -21,13 +23,14 @@ class WeightNormLinear(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Three linear layers with GELU, a bottleneck of unit length, then prototypes of unit length.
+    """Three linear layers with GELU, a bottleneck of unit length, then prototypes: of unit length, or a plain linear layer.
 
     Parameter names are those of the public DINOv2 code, so that its heads load.
     """
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+    def __init__(self, inputs: int, settings: PretrainSettings) -> None:
         super().__init__()
+        hidden, bottleneck = settings.head_hidden, settings.head_bottleneck
         self.mlp = nn.Sequential(
             nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
@@ -35,7 +38,14 @@ class DinoHead(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        self.last_layer = WeightNormLinear(bottleneck, prototypes)
+        self.last_layer: nn.Module
+        if settings.prototype_norm == "none":
+            self.last_layer = nn.Linear(bottleneck, settings.prototypes, bias=False)
+            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
+        else:
+            self.last_layer = WeightNormLinear(
+                bottleneck, settings.prototypes, train_length=settings.prototype_norm == "trained"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs] -> logits [N, prototypes]."""

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pathfm.pretrain.method import Networks
-from pathfm.pretrain.schedule import Cosine, linear
-from pathfm.study import PretrainSettings
+from pathfm.pretrain.schedule import StepValues
+from pathfm.pretrain_settings import PretrainSettings
 
-REFERENCE_BATCH = 1024
-BETAS = (0.9, 0.999)
-
-
-class StepValues(NamedTuple):
-    """Everything that changes with the step."""
-
-    lr: float
-    weight_decay: float
-    ema: float
-    teacher_temperature: float
-    last_layer_lr: float
-
-
-class Schedules:
-    """Values per step from the settings; a pure function of the step."""
-
-    def __init__(self, settings: PretrainSettings) -> None:
-        peak = settings.lr * math.sqrt(settings.batch_size / REFERENCE_BATCH)
-        self._settings = settings
-        self._lr = Cosine(peak, settings.lr_min, settings.steps, warmup=settings.warmup_steps)
-        self._weight_decay = Cosine(*settings.weight_decay, settings.steps)
-        self._ema = Cosine(*settings.ema, settings.steps)
-
-    def __call__(self, step: int) -> StepValues:
-        """The values at a step, counted from 0."""
-        settings, lr = self._settings, self._lr(step)
-        return StepValues(
-            lr=lr,
-            weight_decay=self._weight_decay(step),
-            ema=self._ema(step),
-            teacher_temperature=linear(step, *settings.teacher_temperature, settings.teacher_warmup_steps),
-            last_layer_lr=0.0 if step < settings.freeze_last_layer_steps else lr,
-        )
+BETA1 = 0.9
 
 
 def lr_factor(name: str, depth: int, layer_decay: float, patch_embed_lr: float) -> float:
@@ -62,26 +26,38 @@ def lr_factor(name: str, depth: int, layer_decay: float, patch_embed_lr: float) 
 
 def decays(name: str) -> bool:
     """Whether weight decay applies: not to biases, norms and LayerScale, but to tokens, positions and prototype lengths."""
-    return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+    return not (name.endswith("bias") or "norm" in name or "gamma" in name)
 
 
-def build_optimizer(networks: Networks, settings: PretrainSettings) -> torch.optim.AdamW:
-    """AdamW with one group per distinct (learning-rate factor, weight decay or not, last layer or not)."""
-    depth = len(networks.backbone.vit.blocks)
+def build_optimizer(student: nn.Module, depth: int, settings: PretrainSettings) -> torch.optim.AdamW:
+    """AdamW with one group per distinct (learning-rate factor, weight decay or not, last layer or not).
+
+    Parameters that are not trained are left out. Moments exist from the start, so that a checkpoint always holds them.
+    """
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in networks.named_parameters():
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
         factor = 1.0
         if name.startswith("backbone."):
             factor = lr_factor(name, depth, settings.layer_decay, settings.patch_embed_lr)
         groups.setdefault((factor, decays(name), "last_layer" in name), []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "lr_factor": factor, "decays": decay, "last_layer": last}
             for (factor, decay, last), parameters in groups.items()
         ],
-        betas=BETAS,
+        betas=(BETA1, settings.beta2),
         fused=True,
     )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
 
 
 def set_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
@@ -91,11 +67,16 @@ def set_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
         group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
 
 
-def clip_gradients(networks: Networks, max_norm: float) -> list[Tensor]:
+def clip_gradients(student: nn.Module, max_norm: float) -> list[Tensor]:
     """Clips the gradient norm of each sub-module on its own; returns the norms before clipping, in ``submodules`` order."""
-    return [nn.utils.clip_grad_norm_(module.parameters(), max_norm) for _, module in networks.named_children()]
+    norms = []
+    for name in submodules(student):
+        trained = [parameter for parameter in student.get_submodule(name).parameters() if parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(trained, max_norm)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return norms
 
 
-def submodules(networks: Networks) -> list[str]:
-    """Names of the sub-modules that are clipped on their own."""
-    return [name for name, _ in networks.named_children()]
+def submodules(student: nn.Module) -> list[str]:
+    """Names of the sub-modules that are clipped on their own: those with something to train."""
+    return [name for name, module in student.named_children() if any(p.requires_grad for p in module.parameters())]

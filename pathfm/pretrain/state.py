@@ -1,78 +1,174 @@
-"""The checkpoint: everything a run needs to go on, in one safetensors file that is whole or absent.
+"""Checkpoints: everything a run needs to go on, in a folder that is whole or absent.
 
-Schedules, data and random draws are functions of the step and need no state. Equal states give equal bytes.
+Tensors are written by torch's distributed checkpoint as safetensors (nothing in them runs when they are read), so that a run
+goes on with another number of processes, sharded or not. Schedules, data and random draws are functions of the step and need
+no state.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from pathfm.errors import StoreError
 from pathfm.faults import crash_point
-from pathfm.pretrain.method import DinoV2
-from pathfm.store.commit import commit_file
+from pathfm.log import get_log
+from pathfm.store.commit import commit_dir, read_json, recover, write_json
 
-LAST = "last.ckpt"
-VERSION = 1
-HEADER = "pathfm"
+VERSION = 2
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # it tells of every tensor
+
+STATE = "state.json"
+PREFIX = "step-"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint read back, on the CPU: finished steps, ``DinoV2`` state, optimiser state by parameter number and name."""
+    """A whole checkpoint on disk: its folder, the finished steps, and what the run noted."""
 
+    folder: Path
     step: int
-    method: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    notes: dict[str, Any]
 
 
-def save_checkpoint(path: Path, fingerprint: str, step: int, method: DinoV2, optimizer: torch.optim.Optimizer) -> None:
-    """Writes the state after ``step`` steps; a kill leaves the previous checkpoint in place."""
-    tensors = {f"method.{name}": tensor.contiguous() for name, tensor in method.state_dict().items()}
-    for number, parameter in enumerate(_parameters(optimizer)):
-        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in optimizer.state[parameter].items()}
-    # One entry only: the library writes several in random order.
-    header = {HEADER: json.dumps({"version": VERSION, "fingerprint": fingerprint, "step": step}, sort_keys=True)}
-    with commit_file(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
-        crash_point("pretrain.checkpoint.before_rename")
+def save_checkpoint(
+    folder: Path, fingerprint: str, step: int, parts: tuple[nn.Module, torch.optim.Optimizer], notes: dict[str, Any]
+) -> Checkpoint:
+    """Writes the state after ``step`` steps as ``folder/step-N``; a kill leaves the earlier ones. All processes call it.
+
+    Args:
+        folder: where checkpoints lie; with several machines, a file system that all of them share.
+        fingerprint: of the run.
+        step: finished steps.
+        parts: the method and its optimiser.
+        notes: plain values that go into ``state.json``.
+    """
+    target = folder / f"{PREFIX}{step:08d}"
+    with _written_together(target) as temporary:
+        # The library warns that without a process group it saves alone, which is meant.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            save(_tensors(*parts), storage_writer=writer, no_dist=not dist.is_initialized())
+        if _first():
+            files = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            state = {"version": VERSION, "fingerprint": fingerprint, "step": step, "notes": notes, "files": files}
+            write_json(temporary / STATE, state)
+            crash_point("pretrain.checkpoint.before_rename")
+    return Checkpoint(target, step, notes)
 
 
-def load_checkpoint(path: Path, fingerprint: str) -> Checkpoint | None:
-    """The checkpoint, or None when there is none or it belongs to other settings or other tiles.
+@contextmanager
+def _written_together(target: Path) -> Iterator[Path]:
+    """One process makes and commits the folder; the others write into it and wait."""
+    if not dist.is_initialized():
+        with commit_dir(target) as temporary:
+            yield temporary
+        return
+    told: list[str] = [""]
+    if _first():
+        with commit_dir(target) as temporary:
+            told[0] = str(temporary)
+            dist.broadcast_object_list(told)
+            yield temporary
+            dist.barrier()
+    else:
+        dist.broadcast_object_list(told)
+        yield Path(told[0])
+        dist.barrier()
+    dist.barrier()
+
+
+def newest_checkpoint(folder: Path, fingerprint: str, before: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint of this run, or None when there is none. A damaged one is named and passed over.
+
+    Args:
+        folder: where checkpoints lie.
+        fingerprint: of the run; checkpoints of others do not count.
+        before: only those of fewer steps.
 
     Raises:
-        StoreError: the file is damaged. It is not passed over in silence: days of work may be in it.
+        StoreError: there are checkpoints, and all are damaged: days of work may be in them, so none is thrown away in silence.
     """
-    if not path.is_file():
-        return None
+    damaged = ""
+    for place in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
+        recover(place)
+        try:
+            state = read_json(place / STATE)
+            whole = _is_whole(place, state)
+            found = Checkpoint(place, int(state["step"]), dict(state["notes"]))
+            ours = (state["version"], state["fingerprint"]) == (VERSION, fingerprint)
+        except (StoreError, KeyError, TypeError, ValueError, OSError):
+            whole = ours = False
+        if whole and ours and (before is None or found.step < before):
+            return found
+        if not whole:
+            damaged = damaged or str(place)
+            get_log(__name__).warning("%s: the checkpoint is damaged", place)
+    if damaged:
+        raise StoreError("the checkpoint is damaged", where=damaged, fix="delete it to start anew")
+    return None
+
+
+def load_checkpoint(checkpoint: Checkpoint, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a checkpoint into the method and its optimiser, however both are spread over processes. All processes call it.
+
+    Raises:
+        StoreError: it does not fit.
+    """
+    tensors = _tensors(method, optimizer)  # views of the live state: what is read lands in it
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()[HEADER])
-            if (header["version"], header["fingerprint"]) != (VERSION, fingerprint):
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise StoreError("the checkpoint is damaged", where=str(path), fix="delete it to start anew") from error
-    return Checkpoint(int(header["step"]), _part(tensors, "method."), _part(tensors, "optimizer."))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            reader = HuggingFaceStorageReader(str(checkpoint.folder))
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        raise StoreError(f"the checkpoint does not fit: {reason}", where=str(checkpoint.folder)) from error
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Gives every parameter its moments back; learning rates and decays are set afresh at each step anyway."""
-    for number, parameter in enumerate(_parameters(optimizer)):
-        moments = _part(tensors, f"{number}.")
-        optimizer.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in moments.items()}
+def prune(folder: Path, keep: int, best: int | None, newest: int | None = None) -> None:
+    """Removes all but the newest ``keep`` checkpoints and the one of step ``best``; also those after step ``newest``."""
+    if not _first():
+        return
+    places = sorted(folder.glob(f"{PREFIX}*"))
+    late = [place for place in places if newest is not None and int(place.name.removeprefix(PREFIX)) > newest]
+    early = [place for place in places if place not in late][:-keep]
+    for place in (*late, *early):
+        if place.name != f"{PREFIX}{best or 0:08d}":
+            shutil.rmtree(place)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _tensors(method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All state by name; moments by the number of their parameter in the optimiser's order, which follows from the settings."""
+    tensors = {f"method.{name}": tensor for name, tensor in method.state_dict().items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in optimizer.state[parameter].items()}
+    return tensors
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_whole(place: Path, state: dict[str, Any]) -> bool:
+    return all((place / name).is_file() and _digest(place / name) == digest for name, digest in state["files"].items())

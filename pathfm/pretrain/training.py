@@ -1,174 +1,267 @@
-"""The training loop: Lightning turns the crank, every value comes from the step number."""
+"""The training loop of one process. Every value comes from the step number; what a run must remember is in its checkpoints."""
 
 from __future__ import annotations
 
-import logging
+import math
 import signal
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any, cast
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pathfm.errors import PreemptedError, TrainingError
 from pathfm.faults import crash_point
-from pathfm.log import track
-from pathfm.pretrain.colour import apply_colour
-from pathfm.pretrain.data import Batch
-from pathfm.pretrain.method import DinoV2, Inputs, Terms
-from pathfm.pretrain.metrics import MetricsLog
-from pathfm.pretrain.optim import Schedules, StepValues, build_optimizer, clip_gradients, set_values, submodules
-from pathfm.pretrain.state import Checkpoint, restore_optimizer, save_checkpoint
+from pathfm.log import get_log, track
+from pathfm.pretrain.colour import NEUTRAL, apply_colour
+from pathfm.pretrain.data import Batch, TileBatches, load_batches
+from pathfm.pretrain.diagnostics import relative_distance
+from pathfm.pretrain.health import Alarm, Watch, record_alarm
+from pathfm.pretrain.job import Job, whole
+from pathfm.pretrain.method import Inputs, Objective
+from pathfm.pretrain.metrics import FLUSH_EVERY, MetricsLog, Row
+from pathfm.pretrain.optim import build_optimizer, clip_gradients, set_values, submodules
+from pathfm.pretrain.processes import process_count, sum_over_processes
+from pathfm.pretrain.schedule import Schedules, StepValues
+from pathfm.pretrain.snapshot import Snapshot
+from pathfm.pretrain.state import Checkpoint, load_checkpoint, newest_checkpoint, prune, save_checkpoint
 
-LIGHTNING_CHATTER = (
-    "GPU available but not used",  # the CPU may be chosen on purpose
-    r"Found \d+ module\(s\) in eval mode",  # the teacher is
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
-)
-"""Warnings that say nothing about a run."""
+ROLLBACK_LR_FACTOR = 0.5
+CERTAIN_AFTER = 50
+"""Steps for which a fault may have been there before the alarm."""
+SHOWN_TILES = 4
 
 
-class Training(LightningModule):
-    """One pretraining run from a step to its end.
+class Unhealthy(Exception):
+    """An alarm on its way to where it is decided what to do."""
+
+    def __init__(self, alarm: Alarm, said: str) -> None:
+        super().__init__(said)
+        self.alarm, self.said = alarm, said
+
+
+class Training:
+    """A run from its newest checkpoint (or from the start) to its last step.
 
     Args:
-        method: networks and losses, with the checkpoint's weights if there is a checkpoint.
-        folder: the encoder folder.
-        checkpoint_path: where checkpoints go.
-        fingerprint: written into them.
-        resume: the checkpoint to go on from.
+        fabric: this process's place among those that train.
+        job: what is to be done.
+        objective: networks and losses, on the CPU, not yet spread over processes.
+        batches: what this process trains on.
     """
 
-    def __init__(
-        self, method: DinoV2, folder: Path, checkpoint_path: Path, fingerprint: str, resume: Checkpoint | None = None
-    ) -> None:
-        super().__init__()
-        self.method = method
-        self.next_step = resume.step if resume else 0
-        self._checkpoint_path, self._fingerprint, self._resume = checkpoint_path, fingerprint, resume
-        self._schedules = Schedules(method.settings)
-        self._values: StepValues = self._schedules(self.next_step)
-        self._terms: Tensor | None = None
-        self._norms: Tensor | None = None
-        norms = [f"grad_norm_{name}" for name in submodules(method.student)]
+    def __init__(self, fabric: Fabric, job: Job, objective: Objective, batches: TileBatches) -> None:
+        settings = job.settings
+        self._fabric, self._job, self._settings, self.objective = fabric, job, settings, objective
+        self._model = fabric.setup_module(objective)
+        self._optimizer = build_optimizer(objective.student, len(objective.student.backbone.blocks), settings)
+        self._stepped = cast("_FabricOptimizer", fabric.setup_optimizers(self._optimizer))
+        self._batches = batches
+        self._snapshot = Snapshot(job.folder, settings, job.fixed_tiles(), job.probe) if fabric.is_global_zero else None
+        self._norms = [f"grad_norm_{name}" for name in submodules(objective.student)]
+        self._stop = ""
+        self._start(newest_checkpoint(job.checkpoints, job.fingerprint))
+
+    def _start(self, checkpoint: Checkpoint | None) -> None:
+        """Takes up the state of a checkpoint, or that of the beginning."""
+        notes: dict[str, Any] = checkpoint.notes if checkpoint else {}
+        self.step = checkpoint.step if checkpoint else 0
+        if checkpoint:
+            load_checkpoint(checkpoint, self.objective, self._optimizer)
+        self._best: dict[str, float] | None = notes.get("best")
+        self._lr_factor = float(notes.get("lr_factor", 1.0))
+        self._schedules = Schedules(self._settings, self._lr_factor)
+        self._watch = Watch(self._settings)
+        if "watch" in notes:
+            self._watch.load_state_dict(notes["watch"])
+        if self._snapshot:
+            self._snapshot.trim(self.step)
+        self._log: MetricsLog | None = None
+
+    def run(self) -> None:
+        """Trains to the last step.
+
+        Raises:
+            TrainingError: training is not healthy, and the settings do not let it go on.
+            PreemptedError: SIGTERM or SIGUSR1 came; everything is saved.
+        """
+        with self._noticing_signals():
+            while self.step < self._settings.steps:
+                try:
+                    self._advance()
+                except Unhealthy as sick:
+                    self._decide(sick)
+
+    def _advance(self) -> None:
+        """Steps until the end or an alarm."""
+        job, settings, parts = self._job, self._settings, self._settings.accumulate
+        first = self._fabric.is_global_zero
+        names = [*self.objective.terms, *self._norms, "ema_distance"]
         self._log = MetricsLog(
-            folder,
-            [*Terms._fields, *norms],
-            StepValues._fields[:-1],
-            images_per_step=method.settings.batch_size,
-            start=self.next_step,
+            job.folder if first else None, names, StepValues._fields[1:], images_per_step=settings.batch_size, start=self.step
         )
+        numbers = range(self.step * parts, settings.steps * parts)
+        loader = load_batches(self._batches, numbers, job.workers, pin=self._fabric.device.type == "cuda")
+        batches: Iterator[Batch] = iter(track(loader, "pretrain", len(numbers)) if first else loader)
+        with closing(self._log):
+            if self.step == 0:
+                self._look()
+            while self.step < settings.steps:
+                self._train(batches)
+                self.step += 1
+                crash_point("pretrain.step")
+                self._after_step()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, with the checkpoint's moments."""
-        optimizer = build_optimizer(self.method.student, self.method.settings)
-        if self._resume:
-            restore_optimizer(optimizer, self._resume.optimizer)
-            self._resume = None
-        return optimizer
+    def _train(self, batches: Iterator[Batch]) -> None:
+        assert self._log is not None
+        settings, parts = self._settings, self._settings.accumulate
+        values = self._schedules(self.step)
+        set_values(self._optimizer, values)
+        if self._schedules.refreshes_anchor(self.step):
+            self.objective.refresh_anchor()
+        told: list[Tensor] = []
+        waited_s = 0.0
+        for part in range(parts):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited_s += time.monotonic() - asked
+            # Stochastic depth is all that draws from this; it repeats after a resume.
+            place = part * self._fabric.world_size + self._fabric.global_rank
+            torch.manual_seed((settings.seed * 1_000_003 + self.step) * 8_191 + place)
+            inputs = prepare(self._fabric.to_device(batch), values)
+            with self._fabric.no_backward_sync(self._model, enabled=part < parts - 1):
+                with torch.autocast(self._fabric.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                    terms = self._model(inputs, values)
+                self._fabric.backward(terms["loss"] / parts)
+            told.append(torch.stack([term.detach().float() for term in terms.values()]))
+        norms = clip_gradients(self.objective.student, settings.clip_norm)
+        self._stepped.step()
+        self._stepped.zero_grad(set_to_none=True)
+        self.objective.end_step(values.ema)
+        means = sum_over_processes(torch.stack(told).mean(dim=0)) / process_count()
+        numbers = torch.cat([means, torch.stack(norms).float(), self._ema_distance()])
+        self._examine(self._log.add(self.step, numbers, values[1:], waited_s))
 
-    def on_train_batch_start(self, batch: Inputs, batch_idx: int) -> None:
-        """Sets what depends on the step; the seed too, so that stochastic depth repeats after a resume."""
-        self._values = self._schedules(self.next_step)
-        set_values(self.optimizers().optimizer, self._values)  # type: ignore[union-attr]
-        torch.manual_seed(self.method.settings.seed * 1_000_003 + self.next_step)
+    def _ema_distance(self) -> Tensor:
+        """How far the teacher is from the student; measured now and then, since it reads every weight."""
+        objective = self.objective
+        if (self.step + 1) % FLUSH_EVERY:
+            return torch.full((1,), math.nan, device=self._fabric.device)
+        return relative_distance(objective.teacher.parameters(), objective.student.parameters()).view(1)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Inputs:
-        """Colours are applied here: on the device, and before autocast could round them."""
-        return Inputs(
-            apply_colour(batch.global_crops, batch.global_colour),
-            apply_colour(batch.local_crops, batch.local_colour),
-            batch.masks_CP,
-            batch.masked_M,
-            batch.weight_M,
-        )
+    def _after_step(self) -> None:
+        assert self._log is not None
+        settings = self._settings
+        last = self.step == settings.steps
+        checkpoint_due = last or self.step % settings.checkpoint_every == 0
+        look_due = last or self.step % settings.health.snapshot_steps == 0
+        if checkpoint_due or look_due:
+            self._examine(self._log.flush())
+        better = look_due and self._look()
+        stopping = self._asked_to_stop(checkpoint_due or self.step % FLUSH_EVERY == 0)
+        if checkpoint_due or better or stopping:
+            self._save()
+        if stopping and not last:
+            raise PreemptedError(
+                f"stopped by {self._stop or 'another process'} at step {self.step} of {settings.steps}; everything is saved",
+                where="pretrain",
+                fix="run the same command again to go on",
+            )
 
-    def training_step(self, batch: Inputs, batch_idx: int) -> Tensor:
-        """The loss of a step."""
-        terms: Terms = self.method(batch, self._values.teacher_temperature)
-        self._terms = torch.stack([term.detach().float() for term in terms])
-        return terms.loss
+    def _examine(self, rows: list[Row]) -> None:
+        """Looks for faults in what has been measured."""
+        self._heed(self._watch.see(rows))
 
-    def configure_gradient_clipping(self, *_: object, **__: object) -> None:
-        """Clips per sub-module and keeps the norms."""
-        self._norms = torch.stack(clip_gradients(self.method.student, self.method.settings.clip_norm)).float()
+    def _heed(self, alarm: Alarm | None) -> None:
+        """Writes an alarm down; unless the settings want to be warned only, it ends the steps."""
+        if alarm is None:
+            return
+        what = alarm.what
+        if alarm.fault == "not finite":
+            tiles = ", ".join(f"{slide_id} {tile}" for slide_id, tile in self._batches.sources(alarm.step)[:SHOWN_TILES])
+            what += f"; its batch begins with tiles {tiles}"
+        if self._fabric.is_global_zero:
+            record_alarm(self._job.folder, alarm, what)
+        said = f"{alarm.fault} at step {alarm.step}: {what}"
+        if self._settings.health.on_alarm != "warn" or alarm.fault == "not finite":
+            raise Unhealthy(alarm, said)
+        get_log(__name__).warning("pretrain: %s (%s)", said, alarm.fix)
 
-    def on_train_batch_end(self, outputs: object, batch: Inputs, batch_idx: int) -> None:
-        """Teacher, metrics, checkpoint."""
-        assert self._terms is not None and self._norms is not None
-        self.method.update_teacher(self._values.ema)
-        self._log.add(self.next_step, torch.cat([self._terms, self._norms]), self._values[:-1])
-        self.next_step += 1
-        crash_point("pretrain.step")
-        settings = self.method.settings
-        if self.next_step % settings.checkpoint_every == 0 or self.next_step == settings.steps:
-            self._log.sync()
-            optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
-            save_checkpoint(self._checkpoint_path, self._fingerprint, self.next_step, self.method, optimizer)
+    def _look(self) -> bool:
+        """Looks at the teacher; true when it is the best so far by the probe."""
+        teacher = whole(self.objective.teacher.backbone, self._settings)
+        told: list[dict[str, float]] = [{}]
+        if self._snapshot:
+            told[0] = self._snapshot.take(teacher, self.step)
+        found = self._fabric.broadcast(told, src=0)[0]
+        if self._log:
+            self._log.show(self.step, found)
+        self._heed(self._watch.look(self.step, found))
+        score = found.get("probe_linear")
+        if score is None or (self._best and score <= self._best["score"]):
+            return False
+        self._best = {"step": self.step, "score": score}
+        return self.step > 0
 
-    def close(self) -> None:
-        """Closes the metrics files."""
-        self._log.close()
+    def _save(self) -> None:
+        assert self._log is not None
+        job = self._job
+        self._examine(self._log.sync())
+        notes = {"watch": self._watch.state_dict(), "lr_factor": self._lr_factor, "best": self._best}
+        save_checkpoint(job.checkpoints, job.fingerprint, self.step, (self.objective, self._optimizer), notes)
+        prune(job.checkpoints, self._settings.keep_checkpoints, int(self._best["step"]) if self._best else None)
+
+    def _decide(self, sick: Unhealthy) -> None:
+        """Stop, or go back."""
+        job, alarm = self._job, sick.alarm
+        # A fault is certain only some steps after it began.
+        suspect = (alarm.step + 1 - CERTAIN_AFTER, alarm.step + 1)
+        found = [newest_checkpoint(job.checkpoints, job.fingerprint, before=step) for step in suspect]
+        healthy = found[0] or found[1]
+        if self._settings.health.on_alarm != "rollback" or self._lr_factor < 1 or healthy is None:
+            raise TrainingError(sick.said, where="pretrain", fix=alarm.fix)
+        get_log(__name__).warning("pretrain: %s; going on from step %d with half the learning rate", sick.said, healthy.step)
+        prune(job.checkpoints, self._settings.keep_checkpoints, None, newest=healthy.step)
+        self._start(healthy)
+        self._lr_factor = ROLLBACK_LR_FACTOR
+        self._schedules = Schedules(self._settings, self._lr_factor)
+
+    def _asked_to_stop(self, all_can_be_asked: bool) -> bool:
+        """Whether a signal has come to any process. Several processes ask each other only now and then."""
+        if process_count() == 1:
+            return bool(self._stop)
+        if not all_can_be_asked:
+            return False
+        mine = torch.tensor(float(bool(self._stop)), device=self._fabric.device)
+        return bool(sum_over_processes(mine) > 0)
+
+    @contextmanager
+    def _noticing_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGUSR1 are noted and acted upon after the step; more of them, also while saving, change nothing."""
+
+        def note(number: int, _: object) -> None:
+            self._stop = signal.Signals(number).name
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-class _Tracked:
-    """Batches with a progress line. Not a DataLoader in Lightning's eyes, which leaves it alone."""
-
-    def __init__(self, batches: Iterable[Batch], total: int) -> None:
-        self._batches, self._total = batches, total
-
-    def __len__(self) -> int:
-        return self._total
-
-    def __iter__(self) -> Iterator[Batch]:
-        return track(self._batches, "pretrain", self._total)
-
-
-def fit(training: Training, batches: Iterable[Batch], device: torch.device) -> None:
-    """Trains to the last step.
-
-    Raises:
-        TrainingError: a loss term or gradient norm is not finite.
-        KeyboardInterrupt: the user pressed Ctrl-C.
-    """
-    settings = training.method.settings
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    handler = signal.getsignal(signal.SIGINT)
-    steps = settings.steps - training.next_step
-    try:
-        with warnings.catch_warnings(), _attention_for(device):
-            for message in LIGHTNING_CHATTER:
-                warnings.filterwarnings("ignore", message)
-            _trainer(device, settings.precision, steps).fit(training, _Tracked(batches, steps))
-    except SystemExit as error:
-        # Lightning ends the process on Ctrl-C; a caller must be able to clean up and to choose the exit code.
-        if error.code != 1:
-            raise
-        signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from error
-    finally:
-        training.close()
-
-
-def _attention_for(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU plain matrix products: as fast as the fused kernel in fp32, and twice as fast a step in bf16."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def _trainer(device: torch.device, precision: str, steps: int) -> Trainer:
-    return Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-        max_steps=steps,
-        plugins=[LightningEnvironment()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+def prepare(batch: Batch, values: StepValues) -> Inputs:
+    """Colours are applied here: on the device, before autocast could round them."""
+    plain = batch.global_colour.new_tensor(NEUTRAL)
+    return Inputs(
+        apply_colour(batch.global_crops, batch.global_colour),
+        apply_colour(batch.local_crops, batch.local_colour),
+        batch.masks_CP,
+        batch.masked_M,
+        batch.weight_M,
+        apply_colour(batch.global_crops, plain.expand_as(batch.global_colour)) if values.gram_weight else None,
     )

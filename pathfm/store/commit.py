@@ -26,8 +26,12 @@ from pathfm.errors import StoreError
 from pathfm.faults import crash_point
 from pathfm.workers import ProcessName
 
-RECORDS = frozenset({"record.json", "record-*.json", "timing.csv", "events-*.jsonl"})
-"""Names of files that tell when, where and how fast; they are no content and take no part in digests."""
+RECORDS = frozenset(
+    {"record.json", "record-*.json", "timing.csv", "events-*.jsonl", "state.json", "shard-*.safetensors", "events.out.*"}
+    | {"training.html"}
+)
+"""Names of files that tell when, where and how fast, or serve to go on (checkpoints, whose files depend on the number of
+processes); they are no content and take no part in digests."""
 
 _STEM_BYTES = 150
 """Longest part of a name that goes into the name of a file beside it: file systems allow 255 bytes in all."""

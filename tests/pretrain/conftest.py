@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pathfm.pretrain.catalogue import build_catalogue
+from pathfm.pretrain.data import TileBatches
+from pathfm.pretrain_settings import CropSettings, PretrainSettings
 from pathfm.store.tile_store import write_tiles
-from pathfm.study import ComputeSettings, CropSettings, PretrainSettings, Study
+from pathfm.study import ComputeSettings, Study
 
 TILES_PER_SLIDE = {"a": 24, "b": 10, "c": 7}
 
@@ -31,6 +34,10 @@ def tiny(**changes) -> PretrainSettings:
         "head_bottleneck": 16,
         "warmup_steps": 1,
         "freeze_last_layer_steps": 1,
+        "registers": 0,
+        "health": {"tiles": 16, "maps": 0},
+        "koleo_weight": 0.1,
+        "kde_weight": 0.0,
         "crops": CropSettings(global_px=32, local_px=16, local_count=2),
     }
     return PretrainSettings(**{**defaults, **changes})
@@ -38,3 +45,7 @@ def tiny(**changes) -> PretrainSettings:
 
 def study(**changes) -> Study:
     return Study(pretrain=tiny(**changes), compute=ComputeSettings(device="cpu", threads=1))
+
+
+def batches(stores: list[Path], settings: PretrainSettings, patch_px: int = 16) -> TileBatches:
+    return TileBatches(build_catalogue(stores, settings.sampling, {}), settings, settings.crops, patch_px)

@@ -4,16 +4,16 @@ import torch
 from pathfm.models.vit import MaskedViT, build_backbone
 from pathfm.pretrain import losses
 from pathfm.pretrain.colour import apply_colour
-from pathfm.pretrain.data import TileBatches
-from pathfm.pretrain.method import DinoV2, Inputs
-from pathfm.pretrain.optim import Schedules, build_optimizer, clip_gradients, decays, lr_factor, set_values, submodules
-from pathfm.pretrain.stage import build_method
-from tests.pretrain.conftest import tiny
+from pathfm.pretrain.encoder import build_objective
+from pathfm.pretrain.method import Inputs, SelfDistillation
+from pathfm.pretrain.optim import build_optimizer, clip_gradients, decays, lr_factor, set_values, submodules
+from pathfm.pretrain.schedule import Schedules, StepValues
+from tests.pretrain.conftest import batches, tiny
 
 
 @pytest.fixture(scope="module")
 def inputs(stores):
-    batch = TileBatches(stores, tiny(), 2)[0]
+    batch = batches(stores, tiny())[0]
     return Inputs(
         apply_colour(batch.global_crops, batch.global_colour),
         apply_colour(batch.local_crops, batch.local_colour),
@@ -23,9 +23,15 @@ def inputs(stores):
     )
 
 
-def method(**changes) -> DinoV2:
+def method(**changes) -> SelfDistillation:
     torch.manual_seed(0)
-    return build_method(tiny(**changes))
+    objective = build_objective(tiny(**changes), torch.device("cpu"))[0]
+    assert isinstance(objective, SelfDistillation)
+    return objective
+
+
+def values(temperature: float = 0.05, **changes) -> StepValues:
+    return Schedules(tiny())(0)._replace(teacher_temperature=temperature, **changes)
 
 
 def test_the_terms_are_the_losses_of_the_pieces(inputs):
@@ -34,9 +40,9 @@ def test_the_terms_are_the_losses_of_the_pieces(inputs):
         for parameter in model.student.backbone.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)  # so that student and teacher differ
     center_dino, center_ibot = torch.randn(32) * 0.1, torch.randn(32) * 0.1
-    model.center_dino.copy_(center_dino)
-    model.center_ibot.copy_(center_ibot)
-    terms = model(inputs, 0.05)
+    model.center_dino.mean_K.copy_(center_dino)
+    model.center_ibot.mean_K.copy_(center_ibot)
+    terms = model(inputs, values())
     seen, masks = inputs.global_images, inputs.masks_CP
     with torch.no_grad():
         teacher, student = model.teacher, model.student
@@ -54,20 +60,21 @@ def test_the_terms_are_the_losses_of_the_pieces(inputs):
         log_patches = torch.log_softmax(student.dino_head(hidden.patches_NPD[masks]) / 0.1, dim=1)
         expected_ibot = -((patches * log_patches).sum(1) * inputs.weight_M).sum() / 8
         expected_koleo = losses.koleo_loss(hidden.cls_ND[:4]) + losses.koleo_loss(hidden.cls_ND[4:])
-    torch.testing.assert_close(terms.dino_global, expected_global)
-    torch.testing.assert_close(terms.dino_local, expected_local)
-    torch.testing.assert_close(terms.ibot, expected_ibot)
-    torch.testing.assert_close(terms.koleo, expected_koleo)
-    torch.testing.assert_close(terms.loss, expected_global + expected_local + expected_ibot + 0.1 * expected_koleo)
-    torch.testing.assert_close(
-        model.center_dino, losses.updated_center(center_dino, teacher.dino_head(whole.cls_ND)), rtol=1e-4, atol=1e-6
-    )
-    assert not torch.equal(model.center_ibot, center_ibot)
+    torch.testing.assert_close(terms["dino_global"], expected_global)
+    torch.testing.assert_close(terms["dino_local"], expected_local)
+    torch.testing.assert_close(terms["ibot"], expected_ibot)
+    torch.testing.assert_close(terms["koleo"], expected_koleo)
+    torch.testing.assert_close(terms["loss"], expected_global + expected_local + expected_ibot + 0.1 * expected_koleo)
+    torch.testing.assert_close(model.center_dino.mean_K, center_dino)  # it moves when the step is over
+    model.end_step(1.0)
+    logits_NK = teacher.dino_head(whole.cls_ND).detach()
+    torch.testing.assert_close(model.center_dino.mean_K, 0.9 * center_dino + 0.1 * logits_NK.mean(dim=0), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(model.center_ibot.mean_K, center_ibot)
 
 
 def test_the_teacher_gets_no_gradient_and_the_student_gets_all(inputs):
     model = method()
-    model(inputs, 0.05).loss.backward()
+    model(inputs, values())["loss"].backward()
     assert all(parameter.grad is None for parameter in model.teacher.parameters())
     assert [name for name, parameter in model.student.named_parameters() if parameter.grad is None] == []
 
@@ -79,10 +86,10 @@ def test_variants_give_finite_losses(stores, inputs, changes):
             masks_CP=torch.zeros_like(inputs.masks_CP), masked_M=inputs.masked_M[:0], weight_M=inputs.weight_M[:0]
         )
     model = method(**changes)
-    terms = model(inputs, 0.05)
-    terms.loss.backward()
-    assert all(torch.isfinite(term) for term in terms)
-    assert (float(terms.ibot.detach()) == 0) == ("mask_probability" in changes)
+    terms = model(inputs, values())
+    terms["loss"].backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert (float(terms["ibot"].detach()) == 0) == ("mask_probability" in changes)
 
 
 def test_the_teacher_follows_every_parameter_of_the_student():
@@ -91,7 +98,7 @@ def test_the_teacher_follows_every_parameter_of_the_student():
     with torch.no_grad():
         for parameter in model.student.parameters():
             parameter.add_(1.0)
-    model.update_teacher(0.9)
+    model.end_step(0.9)
     for old, new in zip(before, model.teacher.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.1)
 
@@ -108,8 +115,8 @@ def test_only_the_student_drops_paths():
 
 def test_centres_stand_still_outside_training(inputs):
     model = method().eval()
-    model(inputs, 0.05)
-    assert not model.center_dino.any() and not model.center_ibot.any()
+    model(inputs, values())
+    assert not model.center_dino.mean_K.any() and not model.center_ibot.mean_K.any()
 
 
 def test_layers_further_down_learn_more_slowly():
@@ -132,7 +139,7 @@ def test_what_decays():
 
 def test_every_parameter_is_in_one_group_and_the_last_layer_is_frozen_first():
     model = method(steps=20, warmup_steps=2, freeze_last_layer_steps=5, registers=2)
-    optimizer = build_optimizer(model.student, model.settings)
+    optimizer = build_optimizer(model.student, 12, model.settings)
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.student.parameters())
     schedules = Schedules(model.settings)
@@ -159,7 +166,7 @@ def test_gradients_are_clipped_per_sub_module():
 
 
 def test_the_student_does_not_see_what_is_masked():
-    backbone = MaskedViT(build_backbone("vit_tiny_patch16_224", 32))
+    backbone = MaskedViT(build_backbone(tiny(), 32))
     image, mask = torch.randn(1, 3, 32, 32), torch.tensor([[True, False, False, False]])
     changed = image.clone()
     changed[:, :, :16, :16] += 1
