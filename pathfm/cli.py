@@ -11,7 +11,10 @@ import typer
 if TYPE_CHECKING:
     from pathfm.study import Study
 
-EPILOG = "Exit codes: 0 done, 3 some slides failed (listed), 2 usage or settings, 1 internal error, 130 interrupted."
+EPILOG = (
+    "Exit codes: 0 done, 3 some slides failed (listed), 2 usage or settings, 1 internal error, 75 preempted (saved: run it "
+    "again), 130 interrupted."
+)
 
 PLACE_ERRORS = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 """A folder that cannot be written, or a file where a folder should be: the user's to mend, not a defect."""
@@ -29,7 +32,7 @@ mil_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Slide classifiers: train with honest folds, or predict new slides."
 )
 app.add_typer(mil_app, name="mil")
-export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tiles in the formats of other programs.")
+export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tiles and encoders as other programs want them.")
 app.add_typer(export_app, name="export")
 
 StudyArgument = Annotated[
@@ -91,8 +94,23 @@ def tile(
 
 
 @app.command()
-def pretrain(study: StudyArgument, settings: SetOption = None) -> None:
-    """Pretrain a vision transformer on the tiles (DINOv2) and export the EMA teacher as a timm folder. Resumes by itself."""
+def pretrain(
+    study: StudyArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done: crops, steps, memory, images/s, time, disk.")
+    ] = False,
+    settings: SetOption = None,
+) -> None:
+    """Pretrain a vision transformer on the tiles (DINO family; docs/pretrain.md) and export the EMA teacher as a timm folder.
+
+    Resumes by itself, also on another number of processes. SIGTERM and SIGUSR1 save and end with exit code 75.
+
+    Example: pathfm pretrain study.yaml --dry-run --set pretrain.preset=dinov2 --set compute.devices=4
+    """
+    if dry_run:
+        from pathfm import planning
+
+        _finish(planning.dry_run(_study(study, settings)))
     from pathfm import workflow
 
     _finish(workflow.pretrain(_study(study, settings)))
@@ -163,6 +181,24 @@ def export_tiles(
     from pathfm import tiling
 
     _finish(tiling.export(source, format, out))
+
+
+@export_app.command("encoder")
+def export_encoder(
+    source: Annotated[Path, typer.Argument(help="A study file, an output folder, or an encoder folder.")],
+    out: Annotated[Path, typer.Argument(help="Where the encoder goes: a folder that is absent, empty or an earlier export.")],
+    student: Annotated[bool, typer.Option("--student", help="The student instead of the EMA teacher.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Add model.onnx, checked against torch (extra `onnx`).")] = False,
+    licence: Annotated[str | None, typer.Option(help="Licence that the model card states, e.g. cc-by-nc-4.0.")] = None,
+) -> None:
+    """Write a pretrained encoder as a timm folder with model card, preprocessing, provenance and hashes.
+
+    Example: pathfm export encoder out my-encoder --onnx
+    """
+    from pathfm import exporting
+
+    wanted = exporting.Wanted(student, onnx, licence or exporting.UNKNOWN_LICENCE)
+    _finish(exporting.export_encoder_folder(source, out, wanted))
 
 
 @app.command()

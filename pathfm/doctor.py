@@ -19,6 +19,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "dicom": ("pydicom",),
     "remote": ("fsspec",),
     "interop": ("pyarrow",),
+    "tensorboard": ("tensorboard",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "pipelines": ("snakemake",),
 }
 """Optional libraries by the extra that installs them."""

@@ -114,8 +114,16 @@ def _encoder(path: Path) -> str:
     facts = {"architecture": config.get("architecture"), "num_features": config.get("num_features"), **card}
     prepared = config.get("pretrained_cfg") or {}
     facts |= {name: prepared.get(name) for name in ("input_size", "mean", "std", "interpolation")}
+    said = {name: _flat(value) for name, value in facts.items() if value not in ({}, "") and name != "preprocessing"}
     size = (path / "model.safetensors").stat().st_size
-    return _lines(f"encoder {path.name}", [*sorted(facts.items()), ("weights", f"{size:,} bytes")])
+    return _lines(f"encoder {path.name}", [*sorted(said.items()), ("weights", f"{size:,} bytes")])
+
+
+def _flat(value: object) -> object:
+    """A nested table on one line."""
+    if not isinstance(value, dict):
+        return value
+    return ", ".join(f"{name}: {_flat(inner)}" for name, inner in sorted(value.items()))
 
 
 def _output_folder(path: Path) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pathfm.errors import ExitCode
+from pathfm.settings import Settings
 from pathfm.store.commit import read_json, write_json
-from pathfm.study import Settings
 
 Status = Literal["done", "kept", "empty", "failed"]
 LIBRARIES = (

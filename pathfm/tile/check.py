@@ -13,7 +13,7 @@ from pathfm.geometry import Mpp, Size, best_level, fit_within
 from pathfm.slides.reader import Level, SlideReader, is_tile_folder, open_slide
 from pathfm.slides.tile_folder import TileFolder
 from pathfm.store.cohort import SlideRow
-from pathfm.study import TileSettings
+from pathfm.study import Study, TileSettings
 from pathfm.tile.folder import check_settings
 from pathfm.tile.grid import Grid
 from pathfm.tile.scene import look, slide_grids, slide_scale
@@ -27,6 +27,8 @@ DIRECT_MS, OTHER_MS = 1.3, 9.0
 REFERENCE_PX = 256
 LOOKED_AT = 20
 """Pictures of a folder of tiles, at most, whose size is asked."""
+CROP_ROOM = 1.1
+"""Stored tiles are this much wider than crops that keep the size of nuclei, so that pretraining can move them about."""
 HEADER = ("slide", "kind", "size px", "levels", "mpp", "from", "reads", "tile mpp", "tiles", "MB", "min")
 
 
@@ -141,6 +143,20 @@ def check_table(rows: Sequence[CheckRow], workers: int = 1) -> str:
         lines += [f"    cannot be tiled: {row.problem}"] * bool(row.problem)
         lines += [f"    note: {note}" for note in row.notes]
     return "\n".join([*lines, "", *_totals(rows, workers)])
+
+
+def keep_note(study: Study) -> str:
+    """What ``tile.keep_px`` pretraining wants, when the stored tiles will have no room for its crops; else nothing."""
+    crops, settings = study.pretrain.crops, study.tile
+    high = study.pretrain.high_resolution
+    side = max(crops.global_px, high.global_px if high.start < 1 else 0)
+    wanted, stored = math.ceil(side * CROP_ROOM - 1e-9), settings.keep_px or settings.tile_px
+    if study.extract.encoder != "pretrained" or crops.scale_of == "tile" or stored >= wanted or study.cohort.folder_of_tiles:
+        return ""
+    return (
+        f"pretraining wants tile.keep_px={wanted}, room for crops of {side} px at the tiles' own scale: "
+        f"with {stored} px stored, it takes smaller crops"
+    )
 
 
 def _known(row: SlideRow, reader: SlideReader) -> CheckRow:

@@ -1,0 +1,109 @@
+"""The plan counts what a step really has, warns of what will go wrong, and touches nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from pathfm.cli import app
+from pathfm.config import load_study
+from pathfm.planning import make_plan, plan_text, sustained_flops
+from pathfm.pretrain.views import fitting_crops
+from pathfm.pretrain_settings import CropSettings, PretrainSettings
+from pathfm.study import CohortSettings, ComputeSettings, ExtractSettings, Study, TileSettings
+from pathfm.tile.check import keep_note
+
+COMPUTE = ComputeSettings(device="cpu", threads=1)
+
+
+def study(pretrain=None, **changes) -> Study:
+    return Study(pretrain=PretrainSettings(**(pretrain or {})), compute=COMPUTE, **changes)
+
+
+def said(made: Study) -> str:
+    return plan_text(make_plan(made, device_flops=1e11))
+
+
+@pytest.mark.parametrize("crop_px", [112, 160, 224, 256, 400])
+def test_the_keep_px_that_is_named_is_the_smallest_with_room(crop_px):
+    crops = CropSettings(global_px=crop_px, local_px=16)
+    note = keep_note(study({"crops": crops}, tile=TileSettings(tile_px=64)))
+    wanted = int(note.split("tile.keep_px=")[1].split(",")[0])
+    assert fitting_crops(crops, wanted, 16) == crops
+    assert fitting_crops(crops, wanted - 1, 16) != crops
+    assert keep_note(study({"crops": crops}, tile=TileSettings(tile_px=64, keep_px=wanted))) == ""
+    assert keep_note(study({"crops": crops}, tile=TileSettings(tile_px=wanted))) == ""
+
+
+def test_no_keep_px_where_none_is_wanted():
+    assert "tile.keep_px=247" in keep_note(study())
+    assert keep_note(study({"preset": "dinov2"})) == "", "crops that are shares of the tile fit any tile"
+    assert keep_note(study(extract=ExtractSettings(encoder="timm:vit_tiny_patch16_224"))) == ""
+    assert keep_note(study(cohort=CohortSettings(folder_of_tiles=True))) == "", "tiles that are cut already"
+    assert "tile.keep_px=432" in keep_note(study({"high_resolution": {"start": 0.9}}))
+
+
+def test_crops_shrink_to_the_tiles_and_the_plan_says_so():
+    text = said(study({"steps": 5000}))
+    assert "2 of 192 px" in text and "crops are 192 and 96 px" in text and "tile.keep_px=247" in text
+    roomy = said(study({"steps": 5000}, tile=TileSettings(keep_px=247)))
+    assert "2 of 224 px" in roomy and "keep_px" not in roomy
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"warmup_steps": 100, "steps": 100}, "warmup_steps >= steps"),
+        ({"batch_size": 64, "accumulate": 8}, "KDE, Sinkhorn see 8 tiles at a time"),
+        ({"preset": "dinov2", "batch_size": 8}, "KoLeo see 8 tiles"),
+        ({"batch_size": 64}, "0.99 is steadier"),
+        ({"preset": "distill", "teacher": "timm:vit_tiny_patch16_224"}, "learned from is not counted"),
+    ],
+)
+def test_what_will_go_wrong_is_warned_of(changes, warned):
+    assert warned in said(study({"backbone": "vit_tiny_patch16_224", **changes}))
+
+
+def test_a_study_with_tiles_is_planned_from_them(tmp_path):
+    from PIL import Image
+
+    from pathfm.workflow import tile
+
+    pixels = np.random.default_rng(0).integers(60, 200, (320, 320, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    plain = ["tile.mpp=native", "tile.tile_px=64", "tile.tissue.method=off", "tile.filters.max_pen=1"]
+    tiny = ["pretrain.crops.global_px=48", "pretrain.crops.local_px=32", "pretrain.batch_size=5", "pretrain.steps=20"]
+    made = load_study(None, [f"cohort.slides=[{tmp_path / 'a.png'}]", f"out={tmp_path / 'out'}", *plain, *tiny])
+    assert "no slide has tiles" in said(made)
+    assert not (tmp_path / "out").exists(), "a look writes nothing"
+    assert tile(made) == 0
+    before = sorted(path for path in (tmp_path / "out").rglob("*"))
+    text = said(made)
+    assert "25 of 64 px on 1 slides" in text and "20 of 5 tiles = 4 epochs" in text
+    assert sorted(path for path in (tmp_path / "out").rglob("*")) == before
+
+
+def test_this_device_is_measured():
+    settings = PretrainSettings(backbone="vit_tiny_patch16_224", crops=CropSettings(global_px=64, local_px=32))
+    state = torch.get_rng_state()
+    assert 1e8 < sustained_flops(settings, COMPUTE) < 1e15
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_command_says_the_plan(tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text(
+        "pretrain: {backbone: vit_tiny_patch16_224, preset: dino, crops: {global_px: 64, local_px: 32}}\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        app(["pretrain", str(tmp_path / "study.yaml"), "--dry-run", "--set", "compute.device=cpu"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    for words in (
+        "preset",
+        "dino, with backbone=vit_tiny_patch16_224",
+        "GB per process",
+        "this CPU",
+        "8 x H100",
+        "checkpoints",
+    ):
+        assert words in told
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
