@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from pathfm.addresses import is_remote
 from pathfm.errors import UsageError
+from pathfm.pretrain_settings import PATH_SCHEMES, PretrainSettings
 from pathfm.settings import Settings
 from pathfm.study import Study
 
@@ -76,6 +77,8 @@ PATHS = frozenset(
     }
 )
 """Settings that are one path."""
+ENCODER_NAMES = frozenset({"pretrain.init", "pretrain.teacher", "extract.encoder"})
+"""Settings that may be a path after a scheme."""
 
 
 def load_study(path: Path | None, overrides: Sequence[str] = ()) -> Study:
@@ -105,9 +108,17 @@ def load_study(path: Path | None, overrides: Sequence[str] = ()) -> Study:
     return _resolved(study, (path.absolute().parent if path else Path.cwd()))
 
 
-def dump_study(study: Study) -> str:
-    """YAML text of all settings, each under its description; ``load_study`` of it gives the same study."""
-    return "\n".join(_table_lines(study, "")) + "\n"
+def dump_study(study: Study, *, keeps_preset: bool = False) -> str:
+    """YAML text of all settings, each under its description; ``load_study`` of it gives the same study.
+
+    Args:
+        study: the settings.
+        keeps_preset: what pretraining has from its preset is a comment, so that another preset can be chosen later.
+    """
+    pretrain = study.pretrain
+    given = {"preset": pretrain.preset, "teacher": pretrain.teacher}
+    preset = PretrainSettings.model_validate(given).model_copy(update={"preset": None, "teacher": None})
+    return "\n".join(_table_lines(study, "", {"pretrain": preset} if keeps_preset else {})) + "\n"
 
 
 def fingerprint(*parts: object) -> str:
@@ -140,6 +151,8 @@ def _from_here(override: str) -> str:
     """An override whose relative path starts at the current folder."""
     name, _, text = override.partition("=")
     value = text.strip()
+    if name.strip() in ENCODER_NAMES:
+        return f"{name}={json.dumps(_placed_name(Path.cwd(), value))}" if value.partition(":")[0] in PATH_SCHEMES else override
     if name.strip() not in PATHS or not value or value in {"null", "~"} or value[0] in "\"'[":
         return override
     return f"{name}={json.dumps(str(Path.cwd() / value))}"
@@ -243,7 +256,9 @@ def _value_problems(error: ValidationError) -> list[str]:
         path = _setting_path(detail["loc"])
         wrong.setdefault(path, []).append(detail["msg"].replace("Input should", "must").replace("Value error, ", ""))
         given.setdefault(path, detail["input"])
-    return [f"{path}: {' or '.join(dict.fromkeys(said))}, got {given[path]!r}" for path, said in wrong.items()]
+    # What is wrong with a whole table is said without the table.
+    shown = {path: "" if isinstance(value, Mapping) else f", got {value!r}" for path, value in given.items()}
+    return [f"{path}: {' or '.join(dict.fromkeys(said))}{shown[path]}" for path, said in wrong.items()]
 
 
 def _setting_path(loc: tuple[int | str, ...]) -> str:
@@ -272,13 +287,15 @@ def _resolved(study: Study, base: Path) -> Study:
     }
     tile, cache, health = study.tile, study.compute.cache_dir, study.pretrain.health
     health = health.model_copy(update={"probe": _placed(base, health.probe)})
+    named = {key: _placed_name(base, getattr(study.pretrain, key)) for key in ("init", "teacher")}
     tissue = tile.tissue.model_copy(update={"annotations": _placed(base, tile.tissue.annotations)})
     return study.model_copy(
         update={
             "out": base / study.out,
             "cohort": cohort.model_copy(update=placed),
             "tile": tile.model_copy(update={"coords": _placed(base, tile.coords), "tissue": tissue}),
-            "pretrain": study.pretrain.model_copy(update={"health": health}),
+            "pretrain": study.pretrain.model_copy(update={"health": health, **named}),
+            "extract": study.extract.model_copy(update={"encoder": _placed_name(base, study.extract.encoder)}),
             "compute": study.compute.model_copy(update={"cache_dir": _placed(base, cache)}),
         }
     )
@@ -288,16 +305,24 @@ def _placed(base: Path, path: Path | None) -> Path | None:
     return base / path if path else None
 
 
-def _table_lines(table: Settings, indent: str) -> Iterator[str]:
+def _placed_name(base: Path, name: str | None) -> str | None:
+    """The name of an encoder; where it is a path, a relative one starts at ``base``."""
+    scheme, _, rest = (name or "").partition(":")
+    return f"{scheme}:{base / rest}" if scheme in PATH_SCHEMES and rest else name
+
+
+def _table_lines(table: Settings, indent: str, defaults: Mapping[str, object]) -> Iterator[str]:
     plain = table.model_dump(mode="json")
     for key, field in type(table).model_fields.items():
         yield from (f"{indent}# {line}" for line in (field.description or "").splitlines())
         inner = getattr(table, key)
         if isinstance(inner, Settings):
+            below = defaults.get(key)
             yield f"{indent}{key}:"
-            yield from _table_lines(inner, indent + "  ")
+            yield from _table_lines(inner, indent + "  ", dict(below) if isinstance(below, Settings) else {})
         else:
-            yield f"{indent}{key}: {_one_line(plain[key])}"
+            is_default = key in defaults and defaults[key] == inner
+            yield f"{indent}{'# ' if is_default else ''}{key}: {_one_line(plain[key])}"
 
 
 def _one_line(value: object) -> str:

@@ -29,6 +29,11 @@ SETTINGS = (
     "pretrain.freeze_last_layer_steps=30",
     "pretrain.teacher_warmup_steps=100",
     "pretrain.ema=[0.98, 1.0]",
+    # In so few steps KoLeo spreads the tiles better than KDE, and registers have nothing to hold.
+    "pretrain.koleo_weight=0.1",
+    "pretrain.kde_weight=0",
+    "pretrain.registers=0",
+    "pretrain.sampling.slide_power=1",
     "pretrain.crops.global_px=96",
     "pretrain.crops.local_px=48",
     "pretrain.crops.local_count=4",

@@ -6,7 +6,7 @@ A ``preset`` (``presets.py``) fills in what a study leaves open; whatever the st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 from pathfm.presets import PRESETS, filled_in
 from pathfm.settings import Count, Fraction, NonNegative, Positive, PositiveFloat, Settings
 
+PATH_SCHEMES = ("local-dir", "dinov2")
+"""Kinds of encoder names whose rest is a path."""
 Range = tuple[PositiveFloat, PositiveFloat]
 PerView = tuple[Fraction, Fraction, Fraction]
 
@@ -91,8 +93,8 @@ class GramSettings(Settings):
     """Steps after which the anchor becomes the present teacher."""
     max_refreshes: Count = 3
     """How often it does."""
-    scale: Range = (2.0, 2.0)
-    """How much larger the anchor sees the crops (first value), and its features are resized back; 1: as they are."""
+    scale: Annotated[float, Field(ge=1.0)] = 2.0
+    """How much larger the anchor sees the crops, whose features are resized back; 1: as they are."""
     local_weight: NonNegative = 0.5
     """Factor on the loss of local crops in this phase."""
 
@@ -102,9 +104,9 @@ class HighResolutionSettings(Settings):
 
     start: Fraction = 1.0
     """Share of the steps after which it begins; 1: never."""
-    global_px: Positive = 392
+    global_px: Positive = 384
     """Side of the global crops [px]."""
-    local_px: Positive = 168
+    local_px: Positive = 160
     """Side of the local crops [px]."""
     lr_factor: PositiveFloat = 0.1
     """Factor on the learning rate in this phase."""
@@ -255,5 +257,12 @@ class PretrainSettings(Settings):
         return self
 
     def decisive(self) -> PretrainSettings:
-        """With everything at its default that cannot change the encoder: what is watched, and which checkpoints are kept."""
-        return self.model_copy(update={"health": HealthSettings(), "checkpoint_every": 100, "keep_checkpoints": 2})
+        """With everything at its default that cannot change the encoder: what is watched, what is kept, folders of weights."""
+        names = {"init": _without_folders(self.init), "teacher": _without_folders(self.teacher)}
+        return self.model_copy(update={"health": HealthSettings(), "checkpoint_every": 100, "keep_checkpoints": 2, **names})
+
+
+def _without_folders(name: str | None) -> str | None:
+    """The name of an encoder without the folders of a path, which say nothing of its weights and are nobody's business."""
+    scheme, _, rest = (name or "").partition(":")
+    return f"{scheme}:{PurePath(rest).name}" if scheme in PATH_SCHEMES else name

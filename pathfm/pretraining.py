@@ -7,6 +7,8 @@ from pathlib import Path
 from pathfm.config import fingerprint
 from pathfm.errors import StoreError, UsageError
 from pathfm.log import say
+from pathfm.pretrain_settings import PATH_SCHEMES
+from pathfm.store.manifest import file_digest
 from pathfm.store.tile_store import open_tiles
 from pathfm.workflow import Run, stores_of
 
@@ -62,7 +64,16 @@ def pretrain_fingerprint(run: Run) -> str:
     stores = pretraining_stores(run)
     inputs = {slide_id: open_tiles(path).fingerprint for slide_id, path in stores.items()}
     facts = {slide_id: row for slide_id, row in sampling_facts(run).items() if slide_id in stores}
-    return fingerprint({"version": VERSION, "stores": inputs, "facts": facts}, run.study.pretrain.decisive())
+    settings = run.study.pretrain
+    weights = [_weights_digest(name) for name in (settings.init, settings.teacher)]
+    return fingerprint({"version": VERSION, "stores": inputs, "facts": facts, "weights": weights}, settings.decisive())
+
+
+def _weights_digest(name: str | None) -> str:
+    """Of the file behind a name that is a path: other weights under the same name make another encoder."""
+    scheme, _, rest = (name or "").partition(":")
+    file = Path(rest, "model.safetensors") if scheme == "local-dir" else Path(rest)
+    return file_digest(file) if scheme in PATH_SCHEMES and file.is_file() else ""
 
 
 def encoder_folder(run: Run) -> Path:

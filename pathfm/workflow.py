@@ -149,7 +149,7 @@ def _keep_settings(run: Run) -> None:
     """Keeps the resolved settings in the output folder, for the commands that follow; called once they have proved usable."""
     # What concerns this run alone must not decide about the next: a shard would hide the other slides.
     compute = run.study.compute.model_copy(update={"shard": "", "cache_dir": None})
-    text, file = dump_study(run.study.model_copy(update={"compute": compute})), run.layout.study_file
+    text, file = dump_study(run.study.model_copy(update={"compute": compute}), keeps_preset=True), run.layout.study_file
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         with commit_file(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -208,6 +208,9 @@ def mil_train(study: Study) -> ExitCode:
 
 def run(study: Study) -> ExitCode:
     """``pathfm run``: every stage in order, each doing only what is stale."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        fix = "start `pathfm pretrain` so, and `pathfm run` as one process"
+        raise UsageError("several processes at once would do every stage several times", where="torchrun or srun", fix=fix)
     run = begin(study)
     _check_for_mil(run)
     _keep_settings(run)

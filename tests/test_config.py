@@ -189,6 +189,18 @@ def test_a_dumped_study_loads_as_the_same_study(tmp_path_factory, name, positive
     assert loaded == study.model_copy(update={"cohort": expected})
 
 
+@pytest.mark.parametrize("preset", ["dinov2-path", "dinov3", "distill"])
+def test_a_kept_study_leaves_the_choice_of_the_preset_open(tmp_path, preset):
+    more = ["pretrain.teacher=timm:vit_tiny_patch16_224"] if preset == "distill" else []
+    study = load_study(None, [f"pretrain.preset={preset}", "pretrain.steps=77", "pretrain.crops.hue=0.33", *more])
+    (tmp_path / "study.yaml").write_text(dump_study(study, keeps_preset=True))
+    kept = load_study(tmp_path / "study.yaml").pretrain
+    assert kept == study.pretrain and (kept.steps, kept.crops.hue) == (77, 0.33)
+    other = load_study(tmp_path / "study.yaml", ["pretrain.preset=dino", "pretrain.teacher=null"]).pretrain
+    fresh = load_study(None, ["pretrain.preset=dino", "pretrain.steps=77", "pretrain.crops.hue=0.33"]).pretrain
+    assert other == fresh and other.ibot_weight == 0
+
+
 def test_a_dump_explains_every_setting():
     lines = dump_study(Study()).splitlines()
     settings = [index for index, line in enumerate(lines) if not line.lstrip().startswith("#")]

@@ -12,7 +12,8 @@ from pathfm.config import bullet_list
 from pathfm.errors import StoreError, UsageError
 from pathfm.mil.roster import patient_ids
 from pathfm.store.cohort import Cohort
-from pathfm.store.manifest import Evidence, find_seen, manifest_of, name_key
+from pathfm.store.commit import read_json
+from pathfm.store.manifest import CARD, ORIGIN_KNOWN, Evidence, find_seen, manifest_of, name_key
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study
 
@@ -34,6 +35,7 @@ class Seen:
         patients: of every slide of the study: slide_id -> patient.
         evidence: slide_id -> why it counts as seen; only slides that do.
         names: manifest key -> slide_id, for the slides of this study.
+        origin_known: whether the weights that the encoder started or learned from say what they have seen, too.
     """
 
     rule: Rule
@@ -41,6 +43,7 @@ class Seen:
     patients: Mapping[str, str]
     evidence: Mapping[str, tuple[Evidence, ...]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    origin_known: bool = True
 
     @property
     def seen_patients(self) -> frozenset[str]:
@@ -93,6 +96,8 @@ class Seen:
         if not self.known:
             return ["what the encoder was pretrained on is not recorded with it: it may have seen some of these slides"]
         notes = []
+        if not self.origin_known:
+            notes.append("what the encoder's first weights (or its teacher) were trained on is not recorded with them")
         if count:
             share = f"{count} of {len(patients)} patients ({self.share(patients):.0%})"
             notes.append(f"transductive: the encoder was pretrained, without labels, on slides of {share}")
@@ -137,7 +142,8 @@ def look_for_seen(study: Study, cohort: Cohort, stores_dir: Path, own: Path | No
     if manifest:
         stores = [path for row in cohort.rows if _is_store(path := stores_dir / f"{row.slide_id}.zarr")]
         known_patients = {row.slide_id: row.patient_id for row in cohort.rows}
-        return Seen(rule, True, patients, find_seen(manifest, stores, known_patients), names)
+        origin_known = bool(read_json(folder / CARD).get(ORIGIN_KNOWN, True)) if folder else True
+        return Seen(rule, True, patients, find_seen(manifest, stores, known_patients), names, origin_known)
     if study.extract.encoder == "pretrained":
         # Without its manifest the study's own encoder may have seen every slide.
         return Seen(

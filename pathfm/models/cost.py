@@ -95,7 +95,7 @@ def _cost(settings: PretrainSettings, backbone: MaskedViT) -> StepCost:
         count * (3 * (1 - settings.drop_path) * shape.block_flops(px) + 2 * shape.patch_flops(px)) for count, px in views
     )
     teacher = 0.0 if settings.preset == "distill" else 2 * _forward_flops(shape, crops.global_px)
-    larger_px = crops.global_px * max(1.0, settings.gram.scale[0])
+    larger_px = crops.global_px * max(1.0, settings.gram.scale)
     anchor = 2 * _forward_flops(shape, larger_px) * (1 - settings.gram.start)
     masked, (head_weights, head_rest) = _masked(settings, shape), _head(settings, shape.features)
     heads = 2 * head_weights * (3 * (2 + crops.local_count + masked) + 2 + masked)

@@ -13,6 +13,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pathfm.errors import UsageError
 from pathfm.models.checkpoints import MEAN, STD
 from pathfm.models.encoders import load_network
 
@@ -36,7 +37,7 @@ class FrozenEncoder:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self._model: nn.Module = load_network(name).eval().requires_grad_(False).to(device)
+        self._model: nn.Module = _loaded(name).eval().requires_grad_(False).to(device)
         facts: dict[str, Any] = resolve_model_data_config(self._model)  # type: ignore[no-untyped-call]
         self._input_px = int(facts["input_size"][-1])
         ours, theirs = (
@@ -65,3 +66,10 @@ class FrozenEncoder:
         else:
             return Features(pooled, None)
         return Features(pooled, patches if math.isqrt(patches.shape[1]) ** 2 == patches.shape[1] else None)
+
+
+def _loaded(name: str) -> nn.Module:
+    try:
+        return load_network(name)
+    except UsageError as error:
+        raise UsageError(error.what, where="pretrain.teacher", fix=error.fix) from error

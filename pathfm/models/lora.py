@@ -73,8 +73,8 @@ def merged_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def train_last(backbone: MaskedViT, blocks: int) -> None:
-    """Freezes all but the last blocks and the final norm."""
+    """Freezes all but the last blocks, the final norm, and the mask token, which other weights rarely bring."""
     backbone.requires_grad_(False)
-    last: list[Any] = [*backbone.blocks[-blocks:], backbone.vit.norm]
+    last: list[Any] = [*backbone.blocks[-blocks:], backbone.vit.norm, backbone.mask_token]
     for module in last:
         module.requires_grad_(True)

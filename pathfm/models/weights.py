@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pathfm.errors import UsageError
+from pathfm.errors import StoreError, UsageError
 from pathfm.models.checkpoints import load_encoder_folder
 from pathfm.models.encoders import SCHEMES, weights_sha256
 from pathfm.models.vit import MaskedViT, resized_positions
@@ -138,7 +138,10 @@ def load_initial(backbone: MaskedViT, init: str) -> dict[str, Any]:
 
 def _from_network(scheme: str, rest: str) -> tuple[TimmState, str]:
     if scheme == "local-dir":
-        folder = load_encoder_folder(Path(rest))
+        try:
+            folder = load_encoder_folder(Path(rest))
+        except StoreError as error:
+            raise UsageError(error.what, where=f"{_WHERE}: {error.where}", fix=error.fix) from error
         return TimmState(folder.model.state_dict(), None), weights_sha256(folder.model)
     try:
         network = SCHEMES[scheme](rest, None)

@@ -24,6 +24,7 @@ from pathfm.pretrain.catalogue import Catalogue
 from pathfm.pretrain.colour import draw_colour
 from pathfm.pretrain.masking import batch_masks
 from pathfm.pretrain.reading import Place, TileReader
+from pathfm.pretrain.schedule import phase_start
 from pathfm.pretrain.views import cut_views, fitting_crops
 from pathfm.pretrain_settings import CropSettings, PretrainSettings
 
@@ -96,10 +97,14 @@ class TileBatches(Dataset[Batch]):
         if settings.high_resolution.start < 1:
             larger = {"global_px": settings.high_resolution.global_px, "local_px": settings.high_resolution.local_px}
             self._larger = fitting_crops(settings.crops.model_copy(update=larger), catalogue.tile_px, patch_px)
+            if self._larger.global_px <= crops.global_px:
+                what = f"tiles of {catalogue.tile_px} px have no room for crops of {larger['global_px']} px"
+                fix = "store larger tiles (tile.keep_px), or set start to 1"
+                raise UsageError(what, where="pretrain.high_resolution.global_px", fix=fix)
 
     def crops_at(self, step: int) -> CropSettings:
         """The crops of a step: larger ones in the high-resolution phase."""
-        late = step >= self._settings.high_resolution.start * self._settings.steps
+        late = step >= phase_start(self._settings.high_resolution.start, self._settings.steps)
         return self._larger if late else self._crops
 
     def sources(self, step: int) -> list[tuple[str, int]]:

@@ -40,6 +40,7 @@ class Distillation(Objective):
     def __init__(self, backbone: MaskedViT, settings: PretrainSettings, encoder: FrozenEncoder) -> None:
         super().__init__()
         self.settings, self._encoder = settings, encoder
+        backbone.mask_token.requires_grad_(False)  # nothing is masked
         self.student = Pupil(backbone, encoder)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.terms = ("loss", "cls", "patches")

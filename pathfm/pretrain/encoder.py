@@ -17,7 +17,7 @@ from pathfm.models.drift import Labelled, drift
 from pathfm.models.lora import add_lora, train_last
 from pathfm.models.vit import MaskedViT, build_backbone
 from pathfm.models.weights import load_initial
-from pathfm.pretrain.job import Job, whole
+from pathfm.pretrain.job import INITIAL_MANIFEST, Job, whole
 from pathfm.pretrain.method import Objective, SelfDistillation
 from pathfm.pretrain.training import Training
 from pathfm.pretrain_settings import PretrainSettings
@@ -25,7 +25,7 @@ from pathfm.store.commit import write_json
 from pathfm.store.manifest import MANIFEST
 from pathfm.study import ComputeSettings
 
-TEACHER, STUDENT, UNTRAINED = "teacher", "student", "untrained"
+TEACHER, STUDENT, UNTRAINED, BEST = "teacher", "student", "untrained", "best"
 DRIFT = "drift.json"
 
 
@@ -46,8 +46,7 @@ def train_encoder(fabric: Fabric, job: Job) -> None:
     if fabric.is_global_zero and not _is_current(job.folder / UNTRAINED, job.fingerprint):
         _export(whole(objective.teacher.backbone, job.settings), job, {**card, "step": 0}, UNTRAINED)
     _prepare_blocks(objective, job.compute)
-    training = Training(fabric, job, objective, batches)
-    training.run()
+    Training(fabric, job, objective, batches, lambda best, step: _export(best, job, {**card, "step": step}, BEST)).run()
     # The teacher comes last: where it is, everything is.
     for name, networks in ((STUDENT, objective.student), (TEACHER, objective.teacher)):
         backbone = whole(networks.backbone, job.settings)
@@ -114,5 +113,6 @@ def _is_current(folder: Path, fingerprint: str) -> bool:
 
 
 def _export(backbone: MaskedViT, job: Job, card: dict[str, Any], name: str) -> None:
-    manifest = job.folder / MANIFEST if name != UNTRAINED else None
+    seen = job.folder / (INITIAL_MANIFEST if name == UNTRAINED else MANIFEST)
+    manifest = seen if seen.is_file() else None
     export_encoder(backbone.vit, job.settings, job.settings.crops.global_px, card, job.folder / name, manifest)

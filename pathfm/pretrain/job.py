@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathfm.pretrain_settings import PretrainSettings
 from pathfm.study import ComputeSettings
 from pathfm.workers import usable_cores
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, INITIAL_MANIFEST = "checkpoints", "initial-manifest.csv"
 LOOKED_AT = 7_919
 """Added to the seed, so that the tiles looked at are not simply the first batches."""
 
@@ -75,7 +76,9 @@ class Job:
     @property
     def workers(self) -> int:
         """Processes that read and cut tiles for each process that trains; 0 where it does that itself."""
-        return self.compute.workers or (usable_cores() if self.compute.device != "cpu" and torch.cuda.is_available() else 0)
+        if self.compute.workers or self.compute.device == "cpu" or not torch.cuda.is_available():
+            return self.compute.workers
+        return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def whole(backbone: MaskedViT, settings: PretrainSettings) -> MaskedViT:

@@ -5,10 +5,13 @@ Lightning brings the strategies (DDP, FSDP2) and knows the clusters; the trainin
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import socket
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -52,6 +55,9 @@ def process_count(settings: ComputeSettings) -> int:
     if settings.nodes > 1:
         fix = "start one process per GPU with torchrun or srun"
         raise UsageError("several nodes need a launcher", where="compute.nodes", fix=fix)
+    if settings.devices != 1 and settings.device.startswith("cuda:"):
+        what = f"{settings.device} is one GPU, and compute.devices is {settings.devices}"
+        raise UsageError(what, where="compute.device", fix="use cuda, and choose GPUs by CUDA_VISIBLE_DEVICES")
     present = torch.cuda.device_count() if pick_device(settings).type == "cuda" else settings.devices or 1
     if settings.devices > present:
         raise UsageError(f"there are {present} GPUs", where="compute.devices", fix=f"use at most {present}, or 0 for all")
@@ -111,6 +117,7 @@ def _last_words(end: Connection) -> BaseException | None:
 def _enter(end: Connection, rank: int, world: int, port: int, work: Callable[..., None], rest: tuple[Any, ...]) -> None:
     """What a started process does: it takes the place that torchrun would give it."""
     settings, shard, arguments = rest
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "pathfm"}
@@ -124,12 +131,23 @@ def _enter(end: Connection, rank: int, world: int, port: int, work: Callable[...
             dist.destroy_process_group()
 
 
+def _end_with_parent() -> None:
+    """A killed parent can end nobody; and the same command would start others on the same folder."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def _fabric(settings: ComputeSettings, shard: Shard) -> Fabric:
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it tells of every process that it has found
+    # What torch recommends instead is not in all versions that we run with.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     device, environment = pick_device(settings), _launcher()
     if environment is None or environment.world_size() == 1:
         devices: Any = [device.index or 0] if device.type == "cuda" else 1
         return Fabric(accelerator=device.type, devices=devices, plugins=[LightningEnvironment()])
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or environment.world_size())
+    local = _processes_per_node(environment.world_size())
     strategy = (
         ModelParallelStrategy(shard, data_parallel_size=environment.world_size(), tensor_parallel_size=1)
         if settings.strategy == "fsdp"
@@ -139,6 +157,19 @@ def _fabric(settings: ComputeSettings, shard: Shard) -> Fabric:
     fabric = Fabric(accelerator=device.type, devices=local, num_nodes=nodes, strategy=strategy, plugins=[environment])
     fabric.launch()
     return fabric
+
+
+def _processes_per_node(world: int) -> int:
+    """Processes on each node, as torchrun or SLURM says.
+
+    Raises:
+        UsageError: SLURM was not told, or put different numbers on its nodes.
+    """
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE")
+    nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    if (said is None and nodes > 1) or (said is not None and not said.isdigit()):
+        raise UsageError("SLURM does not say how many processes a node has", where="srun", fix="use --ntasks-per-node")
+    return int(said) if said else world
 
 
 def _launcher() -> TorchElasticEnvironment | SLURMEnvironment | None:

@@ -182,7 +182,7 @@ class SelfDistillation(Objective):
     def _gram(self, seen: Tokens, inputs: Inputs) -> Tensor:
         """Patch similarities of the student against those of the anchor, which sees the crops larger and in plain colours."""
         assert self.anchor is not None and inputs.plain_images is not None
-        factor, patch_px = self.settings.gram.scale[0], self.anchor.patch_px
+        factor, patch_px = self.settings.gram.scale, self.anchor.patch_px
         side = self.anchor.grid_side(inputs.plain_images.shape[-1])
         with torch.no_grad():
             px = max(side, round(side * factor)) * patch_px

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from pathfm.errors import UsageError
+from pathfm.geometry import scale_length
 
 COLUMNS = ("path", "label", "group", "part")
 PARTS = ("train", "val")
@@ -53,7 +55,7 @@ def read_probe_table(path: Path) -> ProbeTable:
     """
     if not path.is_file():
         raise UsageError("there is no such file", where=f"pretrain.health.probe: {path}")
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
         reader = csv.DictReader(stream)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
@@ -106,11 +108,15 @@ def _middle(path: Path, side_px: int) -> npt.NDArray[np.uint8]:
             pixels = np.asarray(image.convert("RGB"))
     except OSError as error:
         raise UsageError("not a readable image", where=str(path), fix="take it out of pretrain.health.probe") from error
+    return middle(pixels, side_px)
+
+
+def middle(pixels: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
+    """The middle of an image [H, W, 3] as a square of ``side_px``; smaller images are enlarged first, as crops of them are."""
+    height, width = pixels.shape[:2]
+    if min(height, width) < side_px:
+        larger = side_px / min(height, width)
+        size = (max(side_px, scale_length(width, larger)), max(side_px, scale_length(height, larger)))
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
     top, left = (pixels.shape[0] - side_px) // 2, (pixels.shape[1] - side_px) // 2
-    if min(top, left) < 0:
-        raise UsageError(
-            f"{pixels.shape[1]} x {pixels.shape[0]} px are smaller than the global crops of {side_px} px",
-            where=str(path),
-            fix="give larger tiles in pretrain.health.probe",
-        )
     return pixels[top : top + side_px, left : left + side_px]

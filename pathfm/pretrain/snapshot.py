@@ -27,7 +27,7 @@ from pathfm.pretrain import diagnostics
 from pathfm.pretrain.colour import NEUTRAL, apply_colour
 from pathfm.pretrain.health import HEALTH
 from pathfm.pretrain.metrics import line
-from pathfm.pretrain.probe_table import ProbeTable
+from pathfm.pretrain.probe_table import ProbeTable, middle
 from pathfm.pretrain_settings import PretrainSettings
 from pathfm.stats import probes
 from pathfm.store.commit import commit_file
@@ -71,7 +71,7 @@ class Snapshot:
     def __init__(self, folder: Path, settings: PretrainSettings, tiles: Pixels, probe: ProbeTable | None = None) -> None:
         self._folder, self._seed, self._maps = folder / HEALTH, settings.seed, settings.health.maps
         self._side_px = settings.crops.global_px
-        self._tiles, self._probe = _middles(tiles, self._side_px), probe
+        self._tiles, self._probe = np.stack([middle(tile, self._side_px) for tile in tiles]), probe
         self._columns = ("step", *NUMBERS, *(PROBES if probe else ()))
 
     def trim(self, step: int) -> None:
@@ -94,6 +94,11 @@ class Snapshot:
             with commit_file(self.picture_path(step)) as temporary:
                 temporary.write_bytes(encoded.tobytes())
         return found
+
+    def picture(self, step: int) -> Pixels | None:
+        """The picture of a step [H, W, 3], if maps are drawn."""
+        path = self.picture_path(step)
+        return np.asarray(cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)) if path.is_file() else None
 
     def picture_path(self, step: int) -> Path:
         """Where the picture of a step lies, if maps are drawn."""
@@ -173,11 +178,6 @@ def _features(teacher: MaskedViT, tiles: Pixels) -> Tokens:
     return Tokens(*(torch.cat([part.float() for part in parts]) for parts in zip(*batches, strict=True)))
 
 
-def _middles(tiles: Pixels, side_px: int) -> Pixels:
-    top, left = ((length - side_px) // 2 for length in tiles.shape[1:3])
-    return tiles[:, top : top + side_px, left : left + side_px]
-
-
 def _turned(tiles: Pixels) -> list[Pixels]:
     """The eight views of squares by turning and mirroring: four turns, then four turns of the mirrored ones."""
     return [np.rot90(view, turns, axes=(1, 2)) for view in (tiles, tiles[:, :, ::-1]) for turns in range(4)]
@@ -196,9 +196,12 @@ def class_attention(teacher: MaskedViT, images: Tensor) -> Tensor:
         return lambda _module, _inputs, output: found.update({name: output})
 
     hooks = [getattr(block.attn, f"{name}_norm").register_forward_hook(keep(name)) for name in "qk"]
+    # A compiled block would not call the hooks.
+    compiled, block._compiled_call_impl = block._compiled_call_impl, None
     try:
         teacher.tokens(images)
     finally:
+        block._compiled_call_impl = compiled
         for hook in hooks:
             hook.remove()
     query, key = found["q"].float(), found["k"].float()

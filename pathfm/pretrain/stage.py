@@ -16,14 +16,14 @@ from pathfm.log import get_log
 from pathfm.models.checkpoints import provenance, read_card
 from pathfm.models.vit import MaskedViT, build_backbone
 from pathfm.pretrain.catalogue import Catalogue, build_catalogue, shared_catalogue
-from pathfm.pretrain.encoder import STUDENT, TEACHER, UNTRAINED, shard, train_encoder
-from pathfm.pretrain.job import CHECKPOINTS, Job
+from pathfm.pretrain.encoder import BEST, STUDENT, TEACHER, UNTRAINED, shard, train_encoder
+from pathfm.pretrain.job import CHECKPOINTS, INITIAL_MANIFEST, Job
 from pathfm.pretrain.launch import in_processes, process_rank
 from pathfm.pretrain.metrics import EVENTS, METRICS, TIMING
 from pathfm.pretrain.views import fitting_crops
 from pathfm.pretrain_settings import CropSettings, PretrainSettings
 from pathfm.store.commit import sweep
-from pathfm.store.manifest import MANIFEST, manifest_of, write_manifest
+from pathfm.store.manifest import MANIFEST, ORIGIN_KNOWN, manifest_of, write_manifest
 from pathfm.store.record import Outcome, StageReport
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study
@@ -68,15 +68,16 @@ def run_pretrain(
         _clear_others(encoder_dir, fingerprint)
     sampling = study.pretrain.sampling
     catalogue = shared_catalogue(
-        encoder_dir / CATALOGUE, fingerprint, lambda: build_catalogue(store_paths, sampling, facts or {}), first
+        encoder_dir / CATALOGUE,
+        f"{fingerprint} {sorted(map(str, store_paths))}",
+        lambda: build_catalogue(store_paths, sampling, facts or {}),
+        first,
     )
     settings, patch_px = _fitted(study.pretrain, catalogue)
     if settings.warmup_steps >= settings.steps:
         get_log(__name__).warning("pretrain.warmup_steps >= pretrain.steps: the learning rate never reaches its full value")
     if first:
-        used = {slide_id for slide_id, count in catalogue.used if count}
-        seen = [path for path in store_paths if open_tiles(path).slide_id in used]
-        write_manifest(encoder_dir / MANIFEST, seen, patient_of or {}, _inherited(settings))
+        _write_manifests(encoder_dir, settings, catalogue, store_paths, patient_of or {})
     before = _steps_done(encoder_dir)
     card = _card(settings, catalogue, store_paths)
     job = Job(settings, study.compute, encoder_dir, fingerprint, catalogue, patch_px, card)
@@ -98,6 +99,22 @@ def _fitted(settings: PretrainSettings, catalogue: Catalogue) -> tuple[PretrainS
     if crops != settings.crops:
         get_log(__name__).warning("pretrain: %s", _said_of(crops, catalogue.tile_px))
     return settings.model_copy(update={"crops": crops}), patch_px
+
+
+def _write_manifests(
+    encoder_dir: Path,
+    settings: PretrainSettings,
+    catalogue: Catalogue,
+    store_paths: Sequence[Path],
+    patient_of: Mapping[str, str | None],
+) -> None:
+    """What the trained networks will have seen, and what the weights they start from have."""
+    used = {slide_id for slide_id, count in catalogue.used if count}
+    seen = [path for path in store_paths if open_tiles(path).slide_id in used]
+    inherited = _inherited(settings)
+    write_manifest(encoder_dir / MANIFEST, seen, patient_of, inherited)
+    if inherited:
+        write_manifest(encoder_dir / INITIAL_MANIFEST, [], {}, inherited)
 
 
 def _inherited(settings: PretrainSettings) -> list[Path]:
@@ -123,7 +140,7 @@ def _clear_others(encoder_dir: Path, fingerprint: str) -> None:
     cards = [read_card(encoder_dir / name) for name in (TEACHER, STUDENT, UNTRAINED)]
     if all(card is None or card.get("fingerprint") == fingerprint for card in cards) and any(cards):
         return
-    for name in (TEACHER, STUDENT, UNTRAINED, CHECKPOINTS, HEALTH, EVENTS):
+    for name in (TEACHER, STUDENT, UNTRAINED, BEST, CHECKPOINTS, HEALTH, EVENTS):
         if (encoder_dir / name).exists() and any((encoder_dir / name).iterdir()):
             get_log(__name__).warning("%s: made with other settings or tiles; starting anew", encoder_dir / name)
             shutil.rmtree(encoder_dir / name)
@@ -138,6 +155,7 @@ def _card(settings: PretrainSettings, catalogue: Catalogue, store_paths: Sequenc
     return {
         "mpp": mpp[0] if known else None,
         "tile_px": tile_px[0] if len(tile_px) == 1 else None,
+        ORIGIN_KNOWN: len(_inherited(settings)) == sum(name is not None for name in (settings.init, settings.teacher)),
         "crops_px": [settings.crops.global_px, settings.crops.local_px],
         **provenance(settings.decisive(), {store.slide_id: store.fingerprint for store in map(open_tiles, store_paths)}),
     }

@@ -103,7 +103,7 @@ def newest_checkpoint(folder: Path, fingerprint: str, before: int | None = None)
     Raises:
         StoreError: there are checkpoints, and all are damaged: days of work may be in them, so none is thrown away in silence.
     """
-    damaged = ""
+    damaged, any_whole = "", False
     for place in sorted(folder.glob(f"{PREFIX}*"), reverse=True):
         recover(place)
         try:
@@ -115,10 +115,11 @@ def newest_checkpoint(folder: Path, fingerprint: str, before: int | None = None)
             whole = ours = False
         if whole and ours and (before is None or found.step < before):
             return found
+        any_whole = any_whole or whole
         if not whole:
             damaged = damaged or str(place)
             get_log(__name__).warning("%s: the checkpoint is damaged", place)
-    if damaged:
+    if damaged and not any_whole:
         raise StoreError("the checkpoint is damaged", where=damaged, fix="delete it to start anew")
     return None
 

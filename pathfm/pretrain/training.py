@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from pathfm.errors import PreemptedError, TrainingError
 from pathfm.faults import crash_point
 from pathfm.log import get_log, track
+from pathfm.models.vit import MaskedViT
 from pathfm.pretrain.colour import NEUTRAL, apply_colour
 from pathfm.pretrain.data import Batch, TileBatches, load_batches
 from pathfm.pretrain.diagnostics import relative_distance
@@ -52,15 +53,23 @@ class Training:
         job: what is to be done.
         objective: networks and losses, on the CPU, not yet spread over processes.
         batches: what this process trains on.
+        export_best: what happens to a teacher that is the best so far by the probe, and its step.
     """
 
-    def __init__(self, fabric: Fabric, job: Job, objective: Objective, batches: TileBatches) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        job: Job,
+        objective: Objective,
+        batches: TileBatches,
+        export_best: Callable[[MaskedViT, int], None],
+    ) -> None:
         settings = job.settings
         self._fabric, self._job, self._settings, self.objective = fabric, job, settings, objective
         self._model = fabric.setup_module(objective)
         self._optimizer = build_optimizer(objective.student, len(objective.student.backbone.blocks), settings)
         self._stepped = cast("_FabricOptimizer", fabric.setup_optimizers(self._optimizer))
-        self._batches = batches
+        self._batches, self._export_best = batches, export_best
         self._snapshot = Snapshot(job.folder, settings, job.fixed_tiles(), job.probe) if fabric.is_global_zero else None
         self._norms = [f"grad_norm_{name}" for name in submodules(objective.student)]
         self._stop = ""
@@ -100,7 +109,7 @@ class Training:
         """Steps until the end or an alarm."""
         job, settings, parts = self._job, self._settings, self._settings.accumulate
         first = self._fabric.is_global_zero
-        names = [*self.objective.terms, *self._norms, "ema_distance"]
+        names = [*self.objective.terms, *self._norms, "ema_distance", "replaced_tiles"]
         self._log = MetricsLog(
             job.folder if first else None, names, StepValues._fields[1:], images_per_step=settings.batch_size, start=self.step
         )
@@ -124,14 +133,15 @@ class Training:
         if self._schedules.refreshes_anchor(self.step):
             self.objective.refresh_anchor()
         told: list[Tensor] = []
-        waited_s = 0.0
+        waited_s, replaced = 0.0, 0
         for part in range(parts):
             asked = time.monotonic()
             batch = next(batches)
             waited_s += time.monotonic() - asked
+            replaced += batch.replaced
             # Stochastic depth is all that draws from this; it repeats after a resume.
             place = part * self._fabric.world_size + self._fabric.global_rank
-            torch.manual_seed((settings.seed * 1_000_003 + self.step) * 8_191 + place)
+            torch.manual_seed(((settings.seed * 1_000_003 + self.step) * 8_191 + place) % 2**63)
             inputs = prepare(self._fabric.to_device(batch), values)
             with self._fabric.no_backward_sync(self._model, enabled=part < parts - 1):
                 with torch.autocast(self._fabric.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -143,7 +153,8 @@ class Training:
         self._stepped.zero_grad(set_to_none=True)
         self.objective.end_step(values.ema)
         means = sum_over_processes(torch.stack(told).mean(dim=0)) / process_count()
-        numbers = torch.cat([means, torch.stack(norms).float(), self._ema_distance()])
+        damaged = sum_over_processes(means.new_tensor([float(replaced)]))
+        numbers = torch.cat([means, torch.stack(norms).float(), self._ema_distance(), damaged])
         self._examine(self._log.add(self.step, numbers, values[1:], waited_s))
 
     def _ema_distance(self) -> Tensor:
@@ -198,13 +209,15 @@ class Training:
         if self._snapshot:
             told[0] = self._snapshot.take(teacher, self.step)
         found = self._fabric.broadcast(told, src=0)[0]
-        if self._log:
-            self._log.show(self.step, found)
+        if self._log and self._snapshot:
+            self._log.show(self.step, found, self._snapshot.picture(self.step))
         self._heed(self._watch.look(self.step, found))
         score = found.get("probe_linear")
         if score is None or (self._best and score <= self._best["score"]):
             return False
         self._best = {"step": self.step, "score": score}
+        if self._fabric.is_global_zero:
+            self._export_best(teacher, self.step)
         return self.step > 0
 
     def _save(self) -> None:
@@ -225,7 +238,8 @@ class Training:
         if self._settings.health.on_alarm != "rollback" or self._lr_factor < 1 or healthy is None:
             raise TrainingError(sick.said, where="pretrain", fix=alarm.fix)
         get_log(__name__).warning("pretrain: %s; going on from step %d with half the learning rate", sick.said, healthy.step)
-        prune(job.checkpoints, self._settings.keep_checkpoints, None, newest=healthy.step)
+        best = healthy.notes.get("best") or {}
+        prune(job.checkpoints, self._settings.keep_checkpoints, best.get("step"), newest=healthy.step)
         self._start(healthy)
         self._lr_factor = ROLLBACK_LR_FACTOR
         self._schedules = Schedules(self._settings, self._lr_factor)

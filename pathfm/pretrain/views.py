@@ -40,7 +40,7 @@ def fitting_crops(crops: CropSettings, tile_px: int, patch_px: int) -> CropSetti
         patch_px: side of a patch of the backbone [px].
 
     Raises:
-        UsageError: a crop is no whole number of patches, or not even one patch fits.
+        UsageError: a crop is no whole number of patches, or not even two patches fit.
     """
     sides = {"global_px": crops.global_px} | ({"local_px": crops.local_px} if crops.local_count else {})
     for name, side in sides.items():
@@ -48,14 +48,17 @@ def fitting_crops(crops: CropSettings, tile_px: int, patch_px: int) -> CropSetti
             fix = f"take {max(patch_px, side // patch_px * patch_px)} or {(side // patch_px + 1) * patch_px}"
             what = f"a crop of {side} px is no whole number of patches of {patch_px} px"
             raise UsageError(what, where=f"pretrain.crops.{name}", fix=fix)
+    if crops.global_px < 2 * patch_px:
+        what = f"a crop of {crops.global_px} px is one patch, and there is nothing to tell apart in it"
+        raise UsageError(what, where="pretrain.crops.global_px", fix=f"take {2 * patch_px} or more")
     if crops.scale_of == "tile":
         return crops
     global_px = min(crops.global_px, _largest_px(tile_px, patch_px, crops.global_scale, crops.aspect))
     local_px = min(crops.local_px, _largest_px(tile_px, patch_px, crops.local_scale, crops.aspect))
     if global_px < crops.global_px:
         local_px = min(local_px, global_px)
-    if not global_px or (crops.local_count and not local_px):
-        what = f"tiles of {tile_px} px have no room for crops of even one patch of {patch_px} px"
+    if global_px < 2 * patch_px or (crops.local_count and not local_px):
+        what = f"tiles of {tile_px} px have no room for crops of even two patches of {patch_px} px"
         raise UsageError(what, where="pretrain.crops.global_px", fix="set pretrain.crops.scale_of: tile, or store larger tiles")
     return crops.model_copy(update={"global_px": global_px, "local_px": local_px or crops.local_px})
 

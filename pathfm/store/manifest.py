@@ -30,8 +30,10 @@ MANIFEST, CARD, DIGEST = "manifest.csv", "card.json", "manifest_sha256"
 COLUMNS = ("slide", "patient", "store", "file", "width", "height", "pictures")
 KEPT_TILES = 16
 """Tiles of a folder of tiles whose pictures are kept in the manifest."""
-SOUGHT_TILES = 512
+SOUGHT_TILES = 4096
 """Tiles of a folder of tiles that are looked for."""
+ORIGIN_KNOWN = "origin_known"
+"""The card's entry that is false when the weights it starts or learns from come without a manifest."""
 KEY_DIGITS = 24
 BATCH = 1024
 THREADS = 8

@@ -116,6 +116,25 @@ def started(out: Path, before: int) -> bool:
     return 0 < rows(out) < before
 
 
+def test_started_processes_end_with_a_killed_parent_and_any_method_can_be_shared(tiled, tmp_path):
+    """Distillation, by two processes; its parent is killed in the middle, and the same command goes on."""
+    shutil.copytree(tiled, tmp_path / "out")
+    distill = ("pretrain.preset=distill", "pretrain.teacher=untrained:vit_tiny_patch16_224", "compute.devices=2")
+    more = (*distill, "pretrain.crops.local_count=0", "pretrain.drop_path=0", "pretrain.steps=40")
+    process = subprocess.Popen(command(tmp_path / "out", *more), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and rows(tmp_path / "out") < 12:
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and children
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in children):
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    done = run(tmp_path / "out", *more)
+    assert done.returncode == 0 and rows(tmp_path / "out") == 41, done.stderr
+
+
 def test_two_processes_train_like_one_and_pass_on_the_scheduler_s_wish(tiled, tmp_path):
     """Started by the command itself; float32, so that losses agree to what rounding leaves."""
     curves = {}

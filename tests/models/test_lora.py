@@ -79,8 +79,8 @@ def test_only_the_last_blocks_and_the_norm_learn():
     net = small()
     train_last(net, 1)
     learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
-    assert {name.rpartition("vit.")[2].partition(".")[0] for name in learning} == {"blocks", "norm"}
-    assert all(name.startswith(("vit.blocks.1.", "vit.norm.")) for name in learning)
-    assert len(learning) == len(list(net.blocks[1].parameters())) + 2
+    assert {name.rpartition("vit.")[2].partition(".")[0] for name in learning} == {"blocks", "norm", "mask_token"}
+    assert all(name.startswith(("vit.blocks.1.", "vit.norm.", "mask_token")) for name in learning)
+    assert len(learning) == len(list(net.blocks[1].parameters())) + 3
     train_last(net, 99)
     assert all(parameter.requires_grad for block in net.blocks for parameter in block.parameters())

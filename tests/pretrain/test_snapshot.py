@@ -13,7 +13,7 @@ from pathfm.errors import UsageError
 from pathfm.models.vit import MaskedViT, build_backbone
 from pathfm.pretrain import snapshot
 from pathfm.pretrain.health import HEALTH
-from pathfm.pretrain.probe_table import read_probe_table
+from pathfm.pretrain.probe_table import middle, read_probe_table
 from pathfm.pretrain.snapshot import SNAPSHOTS, Snapshot, class_attention, principal_colours
 from pathfm.pretrain_settings import CropSettings, HealthSettings, PretrainSettings
 
@@ -231,6 +231,10 @@ def test_a_tile_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "3-1.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"3-1\.png: not a readable image"):
         Snapshot(tmp_path, settings(), tiles(), read_probe_table(path)).take(teacher(), 0)
-    cv2.imwrite(str(tmp_path / "3-1.png"), np.zeros((20, 20, 3), np.uint8))
-    with pytest.raises(UsageError, match="20 x 20 px are smaller than the global crops of 32 px"):
-        Snapshot(tmp_path, settings(), tiles(), read_probe_table(path)).take(teacher(), 0)
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (20, 50), (64, 31), (33, 32)])
+def test_tiles_smaller_than_the_crops_are_enlarged(shape):
+    picture = np.tile(np.linspace(0, 255, shape[1]).astype(np.uint8)[None, :, None], (shape[0], 1, 3))
+    found = middle(picture, 32)
+    assert found.shape == (32, 32, 3) and found[:, 0].mean() < found[:, -1].mean()

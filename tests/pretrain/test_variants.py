@@ -109,3 +109,26 @@ def test_distillation_nears_the_features_of_its_teacher(tmp_path, stores):
     curve = rows(tmp_path / "e")
     assert {"cls", "patches"} <= set(curve[0]) and float(curve[-1]["loss"]) < 0.8 * float(curve[0]["loss"])
     assert not [name for name in load_encoder_folder(tmp_path / "e/teacher").model.state_dict() if "cls_head" in name]
+
+
+# Inside dynamo, about tensors of its own.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_are_looked_at_too(tmp_path, stores, monkeypatch):
+    """Compiled blocks call no hooks on their parts, which the attention maps need. The eager backend suffices to see that."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled(self, backend="eager", **options))
+    plain = study(health={"tiles": 16, "maps": 1}, steps=2)
+    study_of = plain.model_copy(update={"compute": plain.compute.model_copy(update={"compile": True})})
+    run_pretrain(study_of, stores, tmp_path / "compiled", "print")
+    run_pretrain(plain, stores, tmp_path / "plain", "print")
+    ours, theirs = (rows(tmp_path / name) for name in ("compiled", "plain"))
+    assert [float(row["loss"]) for row in ours] == pytest.approx([float(row["loss"]) for row in theirs], rel=1e-5)
+    assert len(list((tmp_path / "compiled/health").glob("step-*.png"))) == 2
+
+
+def test_recomputed_activations_change_nothing(tmp_path, stores):
+    plain = study(steps=2, drop_path=0.3)
+    again = plain.model_copy(update={"compute": plain.compute.model_copy(update={"checkpoint_activations": True})})
+    for name, settings in (("plain", plain), ("again", again)):
+        run_pretrain(settings, stores, tmp_path / name, "print")
+    assert (tmp_path / "plain/metrics.csv").read_text() == (tmp_path / "again/metrics.csv").read_text()

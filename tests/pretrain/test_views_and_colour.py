@@ -92,7 +92,7 @@ def test_when_no_box_fits_it_is_the_largest_with_an_allowed_aspect_from_the_midd
         (224, 16, (224, 96), (192, 96)),
         (224, 14, (224, 98), (196, 98)),
         (96, 16, (224, 96), (80, 80)),
-        (110, 100, (200, 100), (100, 100)),
+        (220, 100, (300, 100), (200, 100)),
         (392, 14, (224, 98), (224, 98)),
     ],
 )
@@ -103,10 +103,10 @@ def test_tiles_without_room_get_the_largest_crops_of_whole_patches(tile_px, patc
     assert fitted.model_copy(update={"global_px": asked[0], "local_px": asked[1]}) == crops
 
 
-@given(st.integers(16, 600), st.sampled_from([8, 14, 16]), st.integers(1, 40), st.integers(1, 20))
+@given(st.integers(16, 600), st.sampled_from([8, 14, 16]), st.integers(2, 40), st.integers(1, 20))
 def test_fitted_crops_always_fit_and_nothing_larger_would(tile_px, patch_px, global_patches, local_patches):
     crops = CropSettings(global_px=global_patches * patch_px, local_px=local_patches * patch_px)
-    if tile_px < 1.1 * patch_px - 1e-9:
+    if tile_px < 2.2 * patch_px - 1e-9:
         with pytest.raises(UsageError, match="no room"):
             fitting_crops(crops, tile_px, patch_px)
         return
@@ -123,6 +123,12 @@ def test_crops_that_zoom_need_no_room_and_wider_scales_need_more():
     fitted = fitting_crops(wide, 256, 16)
     assert fitted.global_px == 176  # 256 / sqrt(2 / 0.95) = 176.4
     assert all(inside(box, 256) for box in boxes_of(256, fitted.global_px, wide.global_scale, wide.aspect))
+
+
+@pytest.mark.parametrize("scale_of", ["crop", "tile"])
+def test_a_crop_of_one_patch_is_refused(scale_of):
+    with pytest.raises(UsageError, match="a crop of 16 px is one patch"):
+        fitting_crops(CropSettings(global_px=16, local_px=16, scale_of=scale_of), 256, 16)
 
 
 def test_crops_of_broken_patches_are_refused_by_name():
