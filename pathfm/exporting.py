@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pathfm.errors import ExitCode, UsageError
+from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say
 from pathfm.store.commit import commit_dir
 from pathfm.store.manifest import MANIFEST, file_digest, manifest_of
@@ -93,9 +93,22 @@ def find_encoder(source: Path, student: bool = False) -> Path:
         fix = "the student is kept when training ends" if student else "run `pathfm pretrain` to its end first"
         raise UsageError(f"no {name} of a pretrained encoder", where=str(source), fix=fix)
     if len(found) > 1:
+        # Of several, the one that the settings mean as they are now.
+        found = [folder for folder in found if folder.parent == _current_encoder(source)] or found
+    if len(found) > 1:
         fix = f"name one of {', '.join(str(folder.parent) for folder in found)}"
         raise UsageError(f"{len(found)} encoders were pretrained here", where=str(source), fix=fix)
     return found[0]
+
+
+def _current_encoder(source: Path) -> Path | None:
+    from pathfm.pretraining import encoder_folder
+    from pathfm.workflow import begin, open_study
+
+    try:
+        return encoder_folder(begin(open_study(source)))
+    except (UsageError, StoreError):  # its slides may be elsewhere by now
+        return None
 
 
 def _out_folder(source: Path) -> Path:

@@ -121,12 +121,12 @@ def test_started_processes_end_with_a_killed_parent_and_any_method_can_be_shared
     shutil.copytree(tiled, tmp_path / "out")
     distill = ("pretrain.preset=distill", "pretrain.teacher=untrained:vit_tiny_patch16_224", "compute.devices=2")
     more = (*distill, "pretrain.crops.local_count=0", "pretrain.drop_path=0", "pretrain.steps=40")
-    process = subprocess.Popen(command(tmp_path / "out", *more), stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and rows(tmp_path / "out") < 12:
-        time.sleep(0.05)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    process.kill()
-    assert process.wait() == -signal.SIGKILL and children
+    with subprocess.Popen(command(tmp_path / "out", *more), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and rows(tmp_path / "out") < 12:
+            time.sleep(0.05)
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and children
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in children):
         time.sleep(0.1)
@@ -164,3 +164,13 @@ def test_two_processes_train_like_one_and_pass_on_the_scheduler_s_wish(tiled, tm
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 75 and "everything is saved" in said, said
     assert list(encoder_of(tmp_path / "stopped").glob("checkpoints/step-*/state.json"))
+
+
+def test_of_several_encoders_the_export_takes_the_one_that_the_settings_mean(tiled, tmp_path):
+    shutil.copytree(tiled, tmp_path / "out")
+    for steps in (2, 3):
+        assert run(tmp_path / "out", f"pretrain.steps={steps}", "pretrain.warmup_steps=1").returncode == 0
+    export = [sys.executable, "-m", "pathfm", "export", "encoder", str(tmp_path / "out"), str(tmp_path / "exported")]
+    done = subprocess.run(export, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '"step": 3' in (tmp_path / "exported" / "card.json").read_text()
