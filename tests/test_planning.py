@@ -39,7 +39,7 @@ def test_no_keep_px_where_none_is_wanted():
     assert keep_note(study({"preset": "dinov2"})) == "", "crops that are shares of the tile fit any tile"
     assert keep_note(study(extract=ExtractSettings(encoder="timm:vit_tiny_patch16_224"))) == ""
     assert keep_note(study(cohort=CohortSettings(folder_of_tiles=True))) == "", "tiles that are cut already"
-    assert "tile.keep_px=432" in keep_note(study({"high_resolution": {"start": 0.9}}))
+    assert "tile.keep_px=423" in keep_note(study({"high_resolution": {"start": 0.9}}))
 
 
 def test_crops_shrink_to_the_tiles_and_the_plan_says_so():

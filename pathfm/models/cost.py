@@ -116,7 +116,7 @@ def process_memory(settings: PretrainSettings, compute: ComputeSettings, process
         settings: of pretraining, with the crops that are really cut.
         compute: ``strategy`` and ``checkpoint_activations`` are read.
         processes: that share a step's batch.
-        on_gpu: else on a CPU, where attention is not fused.
+        on_gpu: else on a CPU, where attention in bf16 is not fused.
     """
     backbone = _on_meta(settings)
     cost, shape = _cost(settings, backbone), _shape(backbone)
@@ -127,7 +127,8 @@ def process_memory(settings: PretrainSettings, compute: ComputeSettings, process
         states = states / processes + 2 * FP32_BYTES * max(cost.block_parameters, cost.head_parameters)
     casts = 2 * networks if settings.precision == "bf16" else 0
     tiles = settings.batch_size / (processes * settings.accumulate)
-    kept = tiles * _activations(settings, shape, fused=on_gpu, recomputed=compute.checkpoint_activations)
+    fused = on_gpu or settings.precision == "fp32"
+    kept = tiles * _activations(settings, shape, fused=fused, recomputed=compute.checkpoint_activations)
     masked, views = _masked(settings, shape), 2 + settings.crops.local_count
     logits = tiles * settings.prototypes * (LOGIT_BYTES["student"] * (views + masked) + LOGIT_BYTES["teacher"] * (2 + masked))
     logits = 0 if settings.preset == "distill" else logits
@@ -176,7 +177,8 @@ def _count(module: nn.Module) -> int:
 def _trained(settings: PretrainSettings, backbone: MaskedViT) -> int:
     """Parameters of the backbone that the optimiser moves."""
     if settings.train == "last":
-        return sum(_count(module) for module in [*backbone.blocks[-settings.train_blocks :], backbone.vit.norm])
+        last = sum(_count(module) for module in [*backbone.blocks[-settings.train_blocks :], backbone.vit.norm])
+        return last + backbone.embed_dim  # the mask token
     if settings.train == "lora":
         thin = sum(layer.in_features + layer.out_features for block in backbone.blocks for layer in _linear(block))
         return settings.lora_rank * thin + backbone.embed_dim
@@ -205,7 +207,9 @@ def _activations(settings: PretrainSettings, shape: _Shape, *, fused: bool, reco
     streams = 4 if settings.drop_path else 2  # norms' inputs; of a part of the images, also what is added back
     for images, px in ((2, settings.crops.global_px), (settings.crops.local_count, settings.crops.local_px)):
         tokens = shape.tokens(px)
-        attention = shape.kept_qkv * number if fused else FP32_BYTES * (3 * shape.features + shape.heads * tokens)
+        # Else as ``attention`` does it: queries, keys and values, and the softmax, which autocast takes in fp32 and casts.
+        plain = number * 3 * shape.features + (FP32_BYTES + number) * shape.heads * tokens
+        attention = shape.kept_qkv * number if fused else plain
         block = tokens * (attention + shape.kept_rest * number + streams * shape.features * FP32_BYTES)
         block *= 1 - settings.drop_path
         total += images * (shape.blocks * tokens * shape.features * FP32_BYTES + block if recomputed else shape.blocks * block)

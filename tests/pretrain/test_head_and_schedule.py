@@ -62,7 +62,7 @@ def test_the_constant_schedule_warms_up_stays_and_falls_in_a_line():
 
 
 def test_the_line_ends_where_it_should():
-    assert [linear(step, 0.04, 0.07, 4) for step in (-2, 0, 3, 4, 99)] == pytest.approx([0.04, 0.04, 0.07, 0.07, 0.07])
+    assert [linear(step, 0.04, 0.07, 4) for step in (0, 1, 3, 4, 99)] == pytest.approx([0.04, 0.05, 0.07, 0.07, 0.07])
     assert linear(0, 0.04, 0.07, 0) == linear(0, 0.04, 0.07, 1) == 0.07
 
 
