@@ -6,7 +6,7 @@ DATA holds the folders hpylori and lymphoma, OUT the ``parts.csv`` of ``prepare.
 ``untrained`` of a pretraining run. Written to ENCODER: ``probes.json`` and ``probes.md``.
 
 *H. pylori*: tiles, bacteria or none. Lymphoma: fields of three classes, each the mean of nine tiles. Every sample is scored
-by a probe that saw no sample of its patient (five folds, averaged over ``SEEDS``); probes learn from everyone else, and only
+by a probe that saw no sample of its patient (five folds); probes learn from everyone else, and only
 patients left out of pretraining are counted (``--everyone``: all of them, for nets that were never trained). The main
 pooling is that of ``pathfm extract``; the others are shown beside it and decide nothing.
 
@@ -38,8 +38,9 @@ Array = npt.NDArray[np.float64]
 TILE_PX, FIELD_SIDE = 256, 3
 """Tiles are used at their own resolution; a field is cut into 3 x 3 of them."""
 BATCH = 32
-SEEDS = (0, 1, 2)
-MAIN, OTHERS = "cls+mean", ("cls", "mean+std")
+SEEDS = (0,)
+"""Of the folds; with several, the scores of a sample are averaged."""
+MAIN, OTHERS = "cls+mean", ("mean+std",)
 COLOUR, UNTRAINED, TEACHER = "colour histogram", "untrained", "teacher"
 RESAMPLES = 2000
 
@@ -133,7 +134,6 @@ def net_features(folder: Path, task: Task, precision: str) -> Iterator[tuple[str
     per_sample = torch.stack([part.mean(dim=0) for part in torch.cat(kept).split(sizes)]).double().numpy()
     cls_ND, mean_ND, std_ND = per_sample.transpose(1, 0, 2)
     yield "cls+mean", np.concatenate([cls_ND, mean_ND], axis=1)
-    yield "cls", cls_ND
     yield "mean+std", np.concatenate([mean_ND, std_ND], axis=1)
 
 
