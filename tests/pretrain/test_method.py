@@ -3,24 +3,17 @@ import torch
 
 from pathfm.models.vit import MaskedViT, build_backbone
 from pathfm.pretrain import losses
-from pathfm.pretrain.colour import apply_colour
 from pathfm.pretrain.encoder import build_objective
-from pathfm.pretrain.method import Inputs, SelfDistillation
+from pathfm.pretrain.method import SelfDistillation
 from pathfm.pretrain.optim import build_optimizer, clip_gradients, decays, lr_factor, set_values, submodules
 from pathfm.pretrain.schedule import Schedules, StepValues
+from pathfm.pretrain.training import prepare
 from tests.pretrain.conftest import batches, tiny
 
 
 @pytest.fixture(scope="module")
 def inputs(stores):
-    batch = batches(stores, tiny())[0]
-    return Inputs(
-        apply_colour(batch.global_crops, batch.global_colour),
-        apply_colour(batch.local_crops, batch.local_colour),
-        batch.masks_CP,
-        batch.masked_M,
-        batch.weight_M,
-    )
+    return prepare(batches(stores, tiny())[0], values())
 
 
 def method(**changes) -> SelfDistillation:
