@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import statistics
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pathfm.store.record import library_versions
+from pathfm.workers import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_S = 0.02
@@ -113,9 +115,14 @@ def run_pathfm(*arguments: str) -> Run:
     Raises:
         RuntimeError: it failed; with what it said.
     """
+    return run_module("pathfm", *arguments)
+
+
+def run_module(name: str, *arguments: str) -> Run:
+    """As ``run_pathfm``, for any module that can be run."""
     started = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", "pathfm", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", name, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         watch = _MemoryWatch(process.pid)
         assert process.stdout
@@ -124,7 +131,7 @@ def run_pathfm(*arguments: str) -> Run:
         process.returncode = waitstatus_to_exitcode(status)
     watch.stop()
     if status:
-        raise RuntimeError(f"pathfm {' '.join(arguments)} failed:\n{said}")
+        raise RuntimeError(f"{name} {' '.join(arguments)} failed:\n{said}")
     return Run(usage.ru_utime + usage.ru_stime, time.perf_counter() - started, watch.largest_mb, watch.together_mb)
 
 
@@ -143,8 +150,8 @@ class _MemoryWatch(threading.Thread):
     def run(self) -> None:
         while not self._done.wait(SAMPLE_S):
             family = _family(self._pid)
-            self.largest_mb = max([self.largest_mb, *(_memory_kb(pid, "status", "VmHWM") / 1024 for pid in family)])
-            self.together_mb = max(self.together_mb, sum(_memory_kb(pid, "smaps_rollup", "Pss") for pid in family) / 1024)
+            self.largest_mb = max([self.largest_mb, *(memory_mb(pid, "status", "VmHWM") for pid in family)])
+            self.together_mb = max(self.together_mb, sum(memory_mb(pid, "smaps_rollup", "Pss") for pid in family))
 
     def stop(self) -> None:
         self._done.set()
@@ -160,9 +167,10 @@ def _family(pid: int) -> list[int]:
     return family
 
 
-def _memory_kb(pid: int, file: str, key: str) -> int:
+def memory_mb(pid: int | str, file: str, key: str) -> float:
+    """A line of ``/proc/PID/FILE`` [MB]; 0 where there is none."""
     found = re.search(rf"^{key}:\s*(\d+) kB", _text(Path(f"/proc/{pid}/{file}")), re.MULTILINE)
-    return int(found[1]) if found else 0
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def _text(path: Path) -> str:
@@ -176,6 +184,13 @@ def cpu_name() -> str:
     """What the processor calls itself."""
     found = re.search(r"^model name\s*: (.*)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """What else a reader of speeds must know: cores, how busy they were with other things, and how waiting threads behave."""
+    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
+    waiting = os.environ.get("OMP_WAIT_POLICY", "not set")
+    return f"{cpu_name()}, {usable_cores()} cores, load average {load} (1, 5, 15 min), OMP_WAIT_POLICY {waiting}"
 
 
 def save(name: str, tables: Sequence[Table]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -32,6 +32,10 @@ mil_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Slide classifiers: train with honest folds, or predict new slides."
 )
 app.add_typer(mil_app, name="mil")
+encoders_app = typer.Typer(
+    invoke_without_command=True, rich_markup_mode=None, help="Encoders by name: what they are, and whether they are here."
+)
+app.add_typer(encoders_app, name="encoders")
 export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tiles and encoders as other programs want them.")
 app.add_typer(export_app, name="export")
 
@@ -43,6 +47,9 @@ SetOption = Annotated[
     typer.Option("--set", help="Override one setting, e.g. --set tile.mpp=0.5. Repeatable.", metavar="NAME=VALUE"),
 ]
 PatientOption = Annotated[bool, typer.Option("--patient-is-slide", help="Accept that every slide is its own patient.")]
+TileOption = Annotated[str, typer.Option(help="SLIDE:x,y in level-0 pixels, or SLIDE:NUMBER.", metavar="TILE")]
+FeaturesOption = Annotated[str | None, typer.Option(help="Which features, by encoder name or folder, where there are several.")]
+PicturesOption = Annotated[Path | None, typer.Option(help="Where pictures go; default: a folder of the study.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")]
 
 
@@ -118,17 +125,63 @@ def pretrain(
 
 @app.command()
 def extract(
-    study: StudyArgument,
+    sources: Annotated[
+        list[str], typer.Argument(help="A study file or output folder; or slides, folders, globs, a cohort table.")
+    ],
     encoder: Annotated[
-        str | None, typer.Option(help="pretrained, timm:NAME, hf-hub:ORG/NAME, local-dir:PATH or untrained:NAME.")
+        str | None, typer.Option(help="A name of `pathfm encoders`, pretrained, timm:NAME, hf-hub:ORG/NAME, local-dir:PATH ...")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder (needed for slides).")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: work on every n-th slide only, for array jobs.")] = None,
     settings: SetOption = None,
 ) -> None:
-    """Turn tiles into features: one HDF5 file per slide, whole or absent."""
-    from pathfm import workflow
+    """Turn tiles into features: one HDF5 file per slide, whole or absent. Slides are tiled as the encoder wants them.
 
-    given = [f"extract.encoder={encoder}"] if encoder else []
-    _finish(workflow.extract(_study(study, [*given, *(settings or [])])))
+    Example: pathfm extract slides/ --encoder uni2-h --out out
+    """
+    from pathfm import extraction, workflow
+
+    options = {"extract.encoder": encoder, "out": out and out.absolute(), "compute.shard": shard or None}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    study, tiles_too = extraction.study_for_extraction(sources, [*given, *(settings or [])])
+    _finish(workflow.extract(study, tiles_too))
+
+
+@encoders_app.callback()
+def encoders(context: typer.Context) -> None:
+    """List the encoders that are known by name: dimension, input, resolution, licence, whether their weights are here."""
+    if context.invoked_subcommand is None:
+        from pathfm.encoder_listing import list_encoders
+        from pathfm.log import say
+
+        say(list_encoders())
+
+
+@encoders_app.command("fetch")
+def encoders_fetch(
+    name: Annotated[str, typer.Argument(help="As in `pathfm encoders`, or timm:NAME, hf-hub:ORG/NAME.")],
+    out: Annotated[Path, typer.Option(help="The folder; use it as local-dir:FOLDER.")],
+) -> None:
+    """Prepare a folder with an encoder and its recipe, for machines without internet."""
+    from pathfm import encoder_listing
+
+    encoder_listing.fetch(name, out)
+
+
+@encoders_app.command("verify")
+def encoders_verify(
+    name: Annotated[str, typer.Argument(help="The encoder.")],
+    against: Annotated[
+        Path | None, typer.Option(help="File of recorded features; default: those that come with pathfm.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the file instead, on a machine whose features are right.")
+    ] = False,
+) -> None:
+    """Compute the features of built-in tiles and compare them with recorded ones."""
+    from pathfm import encoder_listing
+
+    _finish(encoder_listing.verify(name, against, record))
 
 
 @mil_app.command("train")
@@ -201,9 +254,80 @@ def export_encoder(
     _finish(exporting.export_encoder_folder(source, out, wanted))
 
 
+@export_app.command("features")
+def export_features(
+    source: Annotated[Path, typer.Argument(help="A study file, an output folder, a folder of feature files, or one file.")],
+    out: Annotated[Path, typer.Option(help="Where the files go.")],
+    format: Annotated[str, typer.Option(help="clam, trident or stamp.")] = "trident",
+) -> None:
+    """Write features as other tools' own extraction would have. Example: pathfm export features out --format clam --out c"""
+    from pathfm import feature_export
+
+    _finish(feature_export.export_features(source, out, format))
+
+
+@app.command("map")
+def feature_map(
+    study: StudyArgument,
+    by: Annotated[list[str] | None, typer.Option(help="Colour by this column of the cohort table. Repeatable.")] = None,
+    slides: Annotated[list[str] | None, typer.Option(help="Draw only this slide in its components. Repeatable.")] = None,
+    features: FeaturesOption = None,
+    fit_slide: Annotated[bool, typer.Option("--fit-slide", help="Components of each slide, not of the cohort.")] = False,
+    no_umap: Annotated[bool, typer.Option("--no-umap", help="PCA alone.")] = False,
+    out: PicturesOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Draw the features: PCA and UMAP maps by slide, label and site, and each slide in the colours of its components."""
+    from pathfm import looking
+
+    fit: Literal["slide", "cohort"] = "slide" if fit_slide else "cohort"
+    wanted = looking.MapOptions(
+        features=features or "", by=tuple(by or ()), slides=tuple(slides or ()), fit=fit, umap=not no_umap, out=out
+    )
+    _finish(looking.feature_map(_study(study, settings), wanted))
+
+
+@app.command()
+def search(
+    study: StudyArgument,
+    tile: TileOption,
+    count: Annotated[int, typer.Option("-k", min=1, help="How many tiles.")] = 24,
+    other: Annotated[
+        Literal["none", "slide", "patient"], typer.Option(help="Leave out the tile's own slide or patient.")
+    ] = "none",
+    features: FeaturesOption = None,
+    out: PicturesOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Find the tiles of the cohort that look most like one tile, as a gallery.
+
+    Example: pathfm search out --tile SLIDE:20480,10240 -k 40 --other patient
+    """
+    from pathfm import looking
+
+    wanted = looking.SearchOptions(count=count, other=other, features=features or "", out=out)
+    _finish(looking.search(_study(study, settings), tile, wanted))
+
+
+@app.command()
+def attention(
+    study: StudyArgument,
+    tile: Annotated[list[str], typer.Option(help="SLIDE:x,y in level-0 pixels, or SLIDE:NUMBER. Repeatable.", metavar="TILE")],
+    out: PicturesOption = None,
+    block: Annotated[int, typer.Option(help="Which block of the encoder, from the end if negative.")] = -1,
+    settings: SetOption = None,
+) -> None:
+    """Draw what each attention head of the encoder looks at in some tiles."""
+    from pathfm import attending
+
+    _finish(attending.attention(_study(study, settings), tile, out, block))
+
+
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A study file, slide, tile store, feature file, encoder or output folder.")],
+    path: Annotated[
+        Path, typer.Argument(help="A study file, slide, tile store, feature file or folder of them, encoder or output folder.")
+    ],
 ) -> None:
     """Say what something is: the resolved settings of a study, or the facts of an artifact."""
     from pathfm.inspection import inspect_path

@@ -34,6 +34,25 @@ def pick_device(settings: ComputeSettings) -> torch.device:
     return device
 
 
+def device_names(settings: ComputeSettings) -> list[str]:
+    """Names of the devices that ``compute.devices`` asks for: so many GPUs, or processes on a CPU.
+
+    Raises:
+        UsageError: there are not so many GPUs here.
+    """
+    first = pick_device(settings)
+    present = torch.cuda.device_count()
+    if first.type == "cpu":
+        return ["cpu"] * max(1, settings.devices)
+    if settings.devices == 1:
+        return [str(first)]
+    if settings.devices > present:
+        raise UsageError(
+            f"{settings.devices} GPUs are asked for, {present} are here", where="compute.devices", fix="use 0: all"
+        )
+    return [f"cuda:{index}" for index in range(settings.devices or present)]
+
+
 def use_threads(settings: ComputeSettings) -> int:
     """Sets how many threads the tensor library uses, and returns it."""
     threads = settings.threads or usable_cores()
@@ -54,8 +73,3 @@ def seed_everything(seed: int) -> None:
         torch.use_deterministic_algorithms(True)
         # Repeating needs no filling of fresh memory, which is meant for finding bugs and takes a fifth of a step.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 itself (AMX, AVX-512 BF16); elsewhere it is emulated, slower than float32."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

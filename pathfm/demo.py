@@ -49,7 +49,7 @@ SETTINGS = (
 
 def demo_study(out: Path, overrides: Sequence[str] = ()) -> Study:
     """The demo's study under ``out``. Pretraining runs in bfloat16 where the processor computes in it: twice as fast."""
-    from pathfm.compute import cpu_has_bf16
+    from pathfm.models.processor import cpu_has_bf16
 
     placed = [f"out={out.absolute() / 'study'}", f"cohort.table={out.absolute() / 'slides' / 'cohort.csv'}"]
     precision = f"pretrain.precision={'bf16' if cpu_has_bf16() else 'fp32'}"

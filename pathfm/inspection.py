@@ -10,7 +10,10 @@ from typing import Any
 from pathfm.errors import UnreadableSlideError, UsageError
 from pathfm.store.commit import read_json
 
-KNOWN = "a study file (YAML), slide, folder of tiles, tile store (.zarr), feature file (.h5), encoder folder or output folder"
+KNOWN = (
+    "a study file (YAML), slide, folder of tiles, tile store (.zarr), feature file (.h5) or a folder of them, encoder folder "
+    "or output folder"
+)
 STUDY_SUFFIXES = frozenset({".yaml", ".yml"})
 FEATURE_SUFFIXES = frozenset({".h5", ".hdf5"})
 QUANTILES = (0.05, 0.5, 0.95)
@@ -37,7 +40,7 @@ def _folder_kind(path: Path) -> Callable[[Path], str]:
         return _encoder
     if (path / "study.yaml").is_file():
         return _output_folder
-    return _slide_folder
+    return _feature_folder if any(path.glob("*.h5")) else _slide_folder
 
 
 def _file_kind(path: Path) -> Callable[[Path], str]:
@@ -93,19 +96,15 @@ def _quantiles(values: Sequence[float]) -> str:
 
 
 def _features(path: Path) -> str:
-    import numpy as np
+    from pathfm.feature_inspection import feature_file_facts
 
-    from pathfm.store.feature_file import open_features
+    return _lines(f"feature file {path.name}", feature_file_facts(path))
 
-    file = open_features(path)
-    numbers = file.features.astype(np.float32)
-    facts: list[tuple[str, object]] = [
-        ("features", f"{numbers.shape[0]} tiles x {numbers.shape[1]}, {file.features.dtype}"),
-        ("not finite", f"{int((~np.isfinite(numbers)).sum())} numbers"),
-    ]
-    if len(numbers):
-        facts.append(("row norms", _quantiles(np.quantile(np.linalg.norm(numbers, axis=1), QUANTILES))))
-    return _lines(f"feature file {path.name}", [*facts, *sorted(file.attrs.items())])
+
+def _feature_folder(path: Path) -> str:
+    from pathfm.feature_inspection import feature_folder_facts
+
+    return _lines(f"features {path.name}", feature_folder_facts(path))
 
 
 def _encoder(path: Path) -> str:

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from pathfm import workflow
-from pathfm.compute import cpu_has_bf16, pick_device, use_threads
-from pathfm.errors import ExitCode, PathfmError
+from pathfm.compute import pick_device, use_threads
+from pathfm.errors import ExitCode, PathfmError, StoreError, UsageError
 from pathfm.log import say
 from pathfm.models.checkpoints import differences
 from pathfm.models.cost import StepCost, process_memory, step_cost
+from pathfm.models.processor import cpu_has_bf16
 from pathfm.models.vit import MaskedViT, build_backbone
 from pathfm.pretrain.order import UNIT
-from pathfm.pretrain.schedule import REFERENCE_BATCH
-from pathfm.pretrain.views import fitting_crops
-from pathfm.pretrain_settings import PretrainSettings
+from pathfm.pretrain.probe_table import read_probe_table
+from pathfm.pretrain.schedule import REFERENCE_BATCH, phase_start
+from pathfm.pretrain.views import fitting_crops, larger_crops
+from pathfm.pretrain_settings import PATH_SCHEMES, CropSettings, PretrainSettings
 from pathfm.pretraining import pretraining_stores, sampling_facts
 from pathfm.study import ComputeSettings, Study
 from pathfm.tile.check import keep_note
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 GPU_TFLOPS, GPU_MFU, GPU_NAME = {"bf16": 989.0, "fp32": 67.0}, 0.35, "H100"
 """Peak of a GPU without sparsity, and the share of it that is assumed: published runs of this kind reach 19 to 34 %."""
 GPUS = (1, 4, 8)
+INITIAL = tuple(f"{scheme}:" for scheme in ("timm", "hf-hub", *PATH_SCHEMES))
+"""How names of first weights begin."""
 TIMED_BLOCKS, TIMED_IMAGES = 2, {"cpu": 2, "cuda": 32}
 SMALL_BATCH = 16
 """Rows that KoLeo, KDE or Sinkhorn should see at least."""
@@ -61,9 +66,12 @@ class Place(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything that is said. ``settings`` have the crops that really are cut."""
+    """Everything that is said. ``settings`` have the crops that really are cut; ``late`` are those of the high-resolution
+    phase, the same where there is none. ``cost`` is the mean over the steps, and memory is that of the larger crops.
+    """
 
     settings: PretrainSettings
+    late: CropSettings
     asked: PretrainSettings
     tiles: Tiles
     cost: StepCost
@@ -75,7 +83,7 @@ def dry_run(study: Study) -> ExitCode:
     """Says the plan of a study's pretraining.
 
     Raises:
-        UsageError: an impossible backbone, crop size or device.
+        UsageError: as ``make_plan``.
     """
     say(plan_text(make_plan(study)))
     return ExitCode.DONE
@@ -89,25 +97,49 @@ def make_plan(study: Study, device_flops: float | None = None) -> Plan:
         device_flops: what this device sustains [FLOP/s]; None: it is measured, which takes a second or two.
 
     Raises:
-        UsageError: an impossible backbone, crop size or device.
+        UsageError: an impossible backbone, crop size, sampling weight or device, or files that are not there.
     """
-    tiles, asked = _tiles(study), study.pretrain
+    asked = study.pretrain
+    _check_files(asked)
+    tiles = _tiles(study)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         patch_px = MaskedViT(build_backbone(asked, asked.crops.global_px)).patch_px
     settings = asked.model_copy(update={"crops": fitting_crops(asked.crops, tiles.tile_px, patch_px)})
-    cost = step_cost(settings)
+    late = larger_crops(asked, settings.crops, tiles.tile_px, patch_px)
+    largest = settings.model_copy(update={"crops": late})
+    cost = _mean_cost(settings, largest)
     device = pick_device(study.compute)
     sustained = device_flops or sustained_flops(settings, study.compute)
     here = Place(
         f"this {'GPU' if device.type == 'cuda' else 'CPU'}",
         1,
         "",
-        process_memory(settings, study.compute, 1, on_gpu=device.type == "cuda") / 1e9,
+        process_memory(largest, study.compute, 1, on_gpu=device.type == "cuda") / 1e9,
         sustained / cost.flops_per_tile,
     )
-    return Plan(
-        settings, asked, tiles, cost, (here, *_on_gpus(settings, study.compute, cost)), tuple(_warnings(study, settings, tiles))
-    )
+    places = (here, *_on_gpus(largest, study.compute, cost))
+    return Plan(settings, late, asked, tiles, cost, places, tuple(_warnings(study, settings, tiles)))
+
+
+def _check_files(settings: PretrainSettings) -> None:
+    """What the run reads besides tiles must be there. Weights are not opened, and names of other places not looked up."""
+    if settings.init and not settings.init.startswith(INITIAL):
+        fix = "use timm:NAME, hf-hub:ORG/NAME, local-dir:PATH or dinov2:PATH"
+        raise UsageError(f"unknown weights {settings.init!r}", where="pretrain.init", fix=fix)
+    for where, name in (("pretrain.init", settings.init), ("pretrain.teacher", settings.teacher)):
+        scheme, _, rest = (name or "").partition(":")
+        needed = {"local-dir": Path(rest, "model.safetensors"), "dinov2": Path(rest)}.get(scheme)
+        if needed and not needed.is_file():
+            raise UsageError("there is no such file", where=f"{where}: {needed}", fix="check the path")
+    if settings.health.probe:
+        read_probe_table(settings.health.probe)
+
+
+def _mean_cost(settings: PretrainSettings, late: PretrainSettings) -> StepCost:
+    """The cost of a step, averaged over those before the high-resolution phase and those in it."""
+    cost, share = step_cost(settings), min(1.0, phase_start(settings.high_resolution.start, settings.steps) / settings.steps)
+    mean = share * cost.flops_per_tile + (1 - share) * step_cost(late).flops_per_tile
+    return cost._replace(flops_per_tile=mean)
 
 
 def _on_gpus(settings: PretrainSettings, compute: ComputeSettings, cost: StepCost) -> Iterator[Place]:
@@ -120,22 +152,29 @@ def _on_gpus(settings: PretrainSettings, compute: ComputeSettings, cost: StepCos
 
 
 def _tiles(study: Study) -> Tiles:
-    """The study's tiles as they are now. What is wrong with them is said in the plan, which can be made without them."""
+    """The study's tiles as they are now. What is wrong with them is said in the plan, which can be made without them.
+
+    Raises:
+        UsageError: sampling weights of columns or values that the cohort does not have.
+    """
     planned_px = study.tile.keep_px or study.tile.tile_px
     try:
         run = workflow.begin(study)
-        catalogue = _catalogue(run)
     except PathfmError as error:
+        return Tiles(0, 0, 0, planned_px, str(error))
+    facts = sampling_facts(run)
+    try:
+        catalogue = _catalogue(run, facts)
+    except StoreError as error:
         return Tiles(0, 0, 0, planned_px, str(error))
     counts = [count for _, count in catalogue.used if count]
     return Tiles(len(counts), sum(counts), int(catalogue.ends_E[-1]) // UNIT, catalogue.tile_px)
 
 
-def _catalogue(run: workflow.Run) -> Catalogue:
+def _catalogue(run: workflow.Run, facts: Mapping[str, Mapping[str, str]]) -> Catalogue:
     from pathfm.pretrain.catalogue import build_catalogue
 
-    stores = pretraining_stores(run)
-    return build_catalogue(list(stores.values()), run.study.pretrain.sampling, sampling_facts(run))
+    return build_catalogue(list(pretraining_stores(run).values()), run.study.pretrain.sampling, facts)
 
 
 def sustained_flops(settings: PretrainSettings, compute: ComputeSettings) -> float:
@@ -217,7 +256,7 @@ def plan_text(plan: Plan) -> str:
         "tiles": f"{tiles.tiles} of {tiles.tile_px} px on {tiles.slides} slides" if tiles.tiles else "none yet",
         "steps": f"{settings.steps} of {settings.batch_size} tiles{epochs}, warm-up {settings.warmup_steps}",
         "learning rate": f"{lr:.3g} at its peak ({settings.lr:g} x sqrt({settings.batch_size} / {REFERENCE_BATCH}))",
-        "crops": f"2 of {settings.crops.global_px} px, {settings.crops.local_count} of {settings.crops.local_px} px{masks}",
+        "crops": f"{_said_of(settings.crops)}{masks}{_said_of_late(plan)}",
         "network": f"{settings.backbone}, {cost.backbone_parameters / 1e6:.1f} M parameters"
         + (f" + {heads}" if settings.preset != "distill" else ""),
         "arithmetic": f"{cost.flops_per_tile / 1e12:.3g} TFLOP per tile, {settings.precision}",
@@ -226,6 +265,15 @@ def plan_text(plan: Plan) -> str:
     width = max(map(len, facts))
     lines = [*(f"{name:<{width}}  {value}" for name, value in facts.items()), "", *_table(plan)]
     return "\n".join([*lines, *([""] if plan.warnings else []), *(f"warning: {warning}" for warning in plan.warnings)])
+
+
+def _said_of(crops: CropSettings) -> str:
+    return f"2 of {crops.global_px} px, {crops.local_count} of {crops.local_px} px"
+
+
+def _said_of_late(plan: Plan) -> str:
+    high = plan.settings.high_resolution
+    return f"; from step {phase_start(high.start, plan.settings.steps)} on {_said_of(plan.late)}" if high.start < 1 else ""
 
 
 def _table(plan: Plan) -> Iterator[str]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pathfm.errors import ExitCode, UsageError
+from pathfm.extraction import run_extraction
 from pathfm.log import say
 from pathfm.store.commit import commit_file, read_json
 from pathfm.store.record import Outcome
 from pathfm.study import ExtractSettings, Study, TileSettings
-from pathfm.workflow import RECIPE_FILE, Run, begin, cohort_of, run_extraction, run_tiling, upstream_outcomes
+from pathfm.workflow import RECIPE_FILE, Run, begin, cohort_of, run_tiling, upstream_outcomes
 
 if TYPE_CHECKING:
     from pathfm.mil.predict import Prediction

@@ -147,15 +147,35 @@ class ExtractSettings(Settings):
     """Stage 3: tiles x encoder -> features."""
 
     encoder: str = "pretrained"
-    """pretrained (the study's own), timm:NAME, hf-hub:ORG/NAME, or local-dir:PATH."""
-    pooling: Literal["cls", "mean", "cls+mean"] = "cls+mean"
-    """How the tokens of a tile become one vector; convolutional nets are always averaged."""
+    """pretrained (the study's own), a name of `pathfm encoders` (uni2-h, virchow2@trident), timm:NAME, hf-hub:ORG/NAME,
+    local-dir:PATH, untrained:NAME, or python:MODULE:FUNCTION."""
+    weights: Path | None = None
+    """State dict (.safetensors, .pt, .bin) that is loaded into the named encoder instead of its hub's, for offline machines."""
+    pooling: Literal["recipe", "cls", "mean", "cls+mean", "gem", "map-attention", "average"] = "recipe"
+    """How the tokens of a tile become one vector. recipe: as the encoder's card says; without a card cls+mean for vision
+    transformers with a class token, else the network's own average."""
     input_px: Positive | None = None
     """Side the tiles are resized to [px]; default: the encoder's own."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the encoder."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the encoder. auto: what its card says, bf16 without a card; fp32 where the device does not compute it
+    itself or where features would differ by more than min_fidelity allows. The outcome is said and recorded."""
+    min_fidelity: Fraction = 0.999
+    """Least cosine with the plain fp32 features, on calibration tiles, that half precision and merged tokens must keep."""
+    symmetry: Literal["none", "d4"] = "none"
+    """d4: features averaged over the eight turns and flips of each tile, at eight times the cost."""
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
+    """S2 features: at each factor the tile is enlarged, cut into factor x factor pieces, and their features averaged; the
+    vectors of all factors are joined."""
+    merge_tokens: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Share of patch tokens that is merged with similar ones before the last block (ToMe); refused below min_fidelity."""
+    mpp_tolerance: Fraction = 0.2
+    """How far the resolution that the encoder really sees may be from those it was trained for; beyond it is refused."""
     dtype: Literal["float16", "float32"] = "float16"
     """Number type of stored features."""
+    dense: bool = False
+    """Also keep the patch tokens of every tile, as zarr."""
+    slide_vectors: tuple[str, ...] = ()
+    """Vectors of whole slides besides: mean, max, a slide encoder's name, or python:MODULE:FUNCTION."""
     controls: bool = True
     """Also write the features of the controls in the same pass: the untrained encoder and the colour histogram."""
 
@@ -223,17 +243,17 @@ class ComputeSettings(Settings):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     devices: Count = 1
-    """GPUs (or, on a CPU, processes) per node that pretraining uses; 0: all GPUs."""
+    """GPUs (or, on a CPU, processes) per node that pretraining and extraction use; 0: all GPUs."""
     nodes: Positive = 1
     """Nodes that pretraining uses, started by torchrun or SLURM."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share pretraining: ddp, each holds everything; fsdp, weights and moments are sharded (FSDP2)."""
     compile: bool = False
-    """Compile the blocks of the networks (torch.compile) in pretraining."""
+    """Compile the networks (torch.compile) in pretraining and extraction."""
     checkpoint_activations: bool = False
     """Compute activations of blocks again in the backward pass, to save memory in pretraining."""
-    batch_size: Positive = 64
-    """Tiles per inference batch."""
+    batch_size: Count = 0
+    """Tiles per inference batch; 0: 16 on a CPU, on a GPU what its memory holds. Halved when memory runs out."""
     slide_timeout_s: NonNegative = 7200.0
     """A slide that takes longer to tile fails, and the next one goes on; 0: no limit [s]."""
     shard: Annotated[str, Field(pattern=r"^(\d+/\d+)?$")] = ""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pathfm.errors import ExitCode, MissingExtraError, StoreError, UsageError
 from pathfm.log import get_log, say, status, track
+from pathfm.store.cohort import shard_of
 from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport, record_file
 from pathfm.store.tile_store import open_tiles
@@ -26,7 +27,6 @@ log = get_log(__name__)
 def check(study: Study) -> ExitCode:
     """``pathfm tile --check``: says what tiling would do, and does nothing. Exit code 3 when a slide could not be tiled."""
     from pathfm.tile.check import CheckRow, check_table, examine
-    from pathfm.tile.stage import shard_of
 
     rows = shard_of(begin(study).cohort.rows, study.compute.shard)
     work = partial(examine, settings=study.tile, encoder=_encoder_needs(study))
@@ -46,7 +46,7 @@ def _encoder_needs(study: Study) -> EncoderNeeds | None:
 
     if study.extract.encoder == "pretrained":
         return None
-    from pathfm.models.encoders import declared_input_px
+    from pathfm.models.networks import declared_input_px
 
     side = study.extract.input_px or declared_input_px(study.extract.encoder)
     return EncoderNeeds(study.extract.encoder, side) if side else None

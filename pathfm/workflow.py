@@ -184,9 +184,14 @@ def pretrain(study: Study) -> ExitCode:
     return run.exit_code
 
 
-def extract(study: Study) -> ExitCode:
-    """``pathfm extract``."""
+def extract(study: Study, tiles_too: bool = False) -> ExitCode:
+    """``pathfm extract``; ``tiles_too``: of slides that no command has tiled yet."""
     run = begin(study)
+    if tiles_too:
+        _keep_settings(run)
+        run_tiling(run)
+    from pathfm.extraction import run_extraction
+
     run_extraction(run)
     _keep_settings(run)
     return run.exit_code
@@ -197,12 +202,15 @@ def mil_train(study: Study) -> ExitCode:
     run = begin(study)
     _check_for_mil(run)
     _keep_settings(run)
+    from pathfm.extraction import run_extraction
+
     kept, slides = read_record(run.layout.tiles), {row.slide_id for row in run.cohort.rows}
     if kept:
         mine = tuple(outcome for outcome in kept.outcomes if outcome.slide_id in slides)
         run.reports[kept.stage] = StageReport(kept.stage, mine)
-    _mil(run, run_extraction(run))
-    _report(run)
+    extraction = run_extraction(run)
+    _mil(run, extraction)
+    _report(run, extraction)
     return run.exit_code
 
 
@@ -219,8 +227,11 @@ def run(study: Study) -> ExitCode:
         from pathfm.pretraining import run_pretraining
 
         run_pretraining(run)
-    _mil(run, run_extraction(run))
-    _report(run)
+    from pathfm.extraction import run_extraction
+
+    extraction = run_extraction(run)
+    _mil(run, extraction)
+    _report(run, extraction)
     if all(report.did_nothing for report in run.reports.values()):
         say("everything is up to date: nothing was done")
     return run.exit_code
@@ -293,16 +304,6 @@ def own_encoder(run: Run) -> Path | None:
     return encoder_folder(run)
 
 
-def run_extraction(run: Run) -> Extraction:
-    """The extract stage on up-to-date stores, noted."""
-    from pathfm.extract.stage import run_extract
-
-    stores_of(run)
-    extraction = run_extract(run.study, run.cohort, run.layout, own_encoder(run), run.stale)
-    run.note(extraction.report)
-    return extraction
-
-
 def _mil(run: Run, extraction: Extraction) -> None:
     from pathfm.mil.inputs import MilInputs
     from pathfm.mil.stage import VERSION, run_mil
@@ -324,7 +325,8 @@ def _mil(run: Run, extraction: Extraction) -> None:
     content = {
         "own_encoder": (own / "teacher").relative_to(run.layout.out).as_posix() if own else None,
         "tile": run.study.tile.model_dump(mode="json"),
-        "extract": run.study.extract.model_dump(mode="json"),
+        # What "auto" came to here must hold for new slides too, on whatever machine.
+        "extract": {**run.study.extract.model_dump(mode="json"), "precision": main.recipe["precision"]},
     }
     if not recipe.is_file() or read_json(recipe) != content:
         write_json(recipe, content)
@@ -367,7 +369,7 @@ def _file_digest(path: Path | None) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
-def _report(run: Run) -> None:
+def _report(run: Run, extraction: Extraction) -> None:
     from pathfm.report.stage import ReportInputs, run_report
 
     metrics = read_json(run.layout.mil / "metrics.json")
@@ -377,6 +379,7 @@ def _report(run: Run) -> None:
         mil_dir=run.layout.mil,
         encoder_dir=own_encoder(run) or run.layout.out / "encoder",
         stores_dir=run.layout.tiles,
+        features_dir=extraction.sets["main"].folder,
         records=dict(run.reports),
         fingerprint=fingerprint(str(metrics["fingerprint"]), run.study.report, _outcome_rows(run)),
         cohort=run.cohort,

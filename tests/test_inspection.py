@@ -33,14 +33,46 @@ def test_tile_store(tmp_path: Path) -> None:
         assert words in text
 
 
+def write(path: Path, features: np.ndarray, **attrs: str) -> None:
+    write_features(path, features, np.zeros((len(features), 2), dtype=np.int64), {"fingerprint": "abc", **attrs})
+
+
 def test_feature_file(tmp_path: Path) -> None:
     features = np.tile(np.array([[3.0, 4.0]], dtype=np.float16), (7, 1))
-    write_features(tmp_path / "a.h5", features, np.zeros((7, 2), dtype=np.int64), {"encoder": "timm:x", "fingerprint": "abc"})
+    write(tmp_path / "a.h5", features, encoder="timm:x")
     text = inspect_path(tmp_path / "a.h5")
-    for words in ("7 tiles x 2, float16", "0 numbers", "5 %: 5, 50 %: 5, 95 %: 5", "timm:x", "abc"):
+    for words in ("7 tiles x 2, float16", "0 (NaN", "5 %: 5, 50 %: 5, 95 %: 5", "timm:x", "abc", "6 rows equal an earlier one"):
         assert words in text
-    write_features(tmp_path / "b.h5", features[:0], np.zeros((0, 2), dtype=np.int64), {"fingerprint": "abc"})
+    assert "2 of 2 dimensions" in text and "all its tiles have the same features" in text
+    write(tmp_path / "b.h5", features[:0])
     assert "0 tiles x 2" in inspect_path(tmp_path / "b.h5")
+
+
+def test_folder_of_feature_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        far = 40 if number == 4 else 0
+        features = (rng.normal(size=(20, 5)) + far).astype(np.float16)
+        write(tmp_path / f"s{number}.h5", features, recipe_encoder="y" if number == 2 else "x", recipe_weights_sha256="e" * 64)
+    write(tmp_path / "t.h5", np.ones((3, 7), dtype=np.float16), recipe_encoder="x", recipe_weights_sha256="e" * 64)
+    (tmp_path / "u.h5").write_bytes(b"no file")
+    text = inspect_path(tmp_path)
+    for words in (
+        f"features {tmp_path.name}",
+        "120 tiles x 5, float16",
+        "encoder x, weights_sha256 eeeeeeeeeeee\n",
+        "stand out",
+        "4 slides",
+        "another recipe than most slides: encoder",
+        "far from the middle as usual",
+        "7 dimensions, most slides have 5",
+        "damaged feature file",
+    ):
+        assert words in text
+    for path in tmp_path.glob("[st]*.h5"):
+        path.unlink()
+    with pytest.raises(StoreError, match="no feature file can be read"):
+        inspect_path(tmp_path)
 
 
 def encoder(folder: Path, card: bool = True) -> Path:

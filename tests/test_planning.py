@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pathfm.cli import app
 from pathfm.config import load_study
+from pathfm.errors import UsageError
 from pathfm.planning import make_plan, plan_text, sustained_flops
 from pathfm.pretrain.views import fitting_crops
 from pathfm.pretrain_settings import CropSettings, PretrainSettings
 from pathfm.study import CohortSettings, ComputeSettings, ExtractSettings, Study, TileSettings
 from pathfm.tile.check import keep_note
+from pathfm.workflow import tile
 
 COMPUTE = ComputeSettings(device="cpu", threads=1)
 
@@ -63,16 +66,69 @@ def test_what_will_go_wrong_is_warned_of(changes, warned):
     assert warned in said(study({"backbone": "vit_tiny_patch16_224", **changes}))
 
 
-def test_a_study_with_tiles_is_planned_from_them(tmp_path):
-    from PIL import Image
+@pytest.mark.parametrize(
+    ("changes", "where", "what"),
+    [
+        ({"init": "local-dir:nowhere"}, "pretrain.init: nowhere", "no such file"),
+        ({"init": "dinov2:nowhere.pth"}, "pretrain.init: nowhere.pth", "no such file"),
+        ({"init": "vit_small"}, "pretrain.init", "unknown weights 'vit_small'"),
+        ({"preset": "distill", "teacher": "local-dir:nowhere"}, "pretrain.teacher: nowhere", "no such file"),
+        ({"health": {"probe": "nowhere.csv"}}, "pretrain.health.probe: nowhere.csv", "no such file"),
+        ({"high_resolution": {"start": 0.9}}, "pretrain.high_resolution.global_px", "no room for crops of 384 px"),
+        ({"high_resolution": {"start": 0.9, "global_px": 300}}, "pretrain.high_resolution.global_px", "no whole number"),
+        ({"high_resolution": {"start": 0, "global_px": 224}, "preset": "dinov2"}, "pretrain.high_resolution", "not larger"),
+    ],
+)
+def test_what_the_run_would_refuse_the_plan_refuses(changes, where, what):
+    with pytest.raises(UsageError) as caught:
+        said(study({"backbone": "vit_tiny_patch16_224", **changes}))
+    assert caught.value.where.startswith(where) and what in caught.value.what
 
-    from pathfm.workflow import tile
 
+def test_weights_that_are_there_or_elsewhere_are_no_matter(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    for init in (f"local-dir:{tmp_path}", f"dinov2:{tmp_path / 'model.safetensors'}", "timm:vit_tiny_patch16_224"):
+        assert "vit_tiny_patch16_224" in said(study({"backbone": "vit_tiny_patch16_224", "init": init}))
+
+
+def test_a_high_resolution_phase_is_said_and_counted():
+    tile = TileSettings(tile_px=512)
+    plain, late = (
+        make_plan(study({"backbone": "vit_tiny_patch16_224", "steps": 1000, **changes}, tile=tile), device_flops=1e11)
+        for changes in ({}, {"high_resolution": {"start": 0.75}})
+    )
+    assert "from step 750 on 2 of 384 px, 8 of 160 px" in plan_text(late)
+    assert "from step" not in plan_text(plain)
+    assert late.places[0].memory_gb > 2 * plain.places[0].memory_gb
+    all_late = study({"backbone": "vit_tiny_patch16_224", "crops": {"global_px": 384, "local_px": 160}}, tile=tile)
+    larger = make_plan(all_late, device_flops=1e11)
+    mean = 0.75 * plain.cost.flops_per_tile + 0.25 * larger.cost.flops_per_tile
+    assert late.cost.flops_per_tile == pytest.approx(mean)
+    assert late.places[0].memory_gb == pytest.approx(larger.places[0].memory_gb)
+
+
+def one_slide(folder, *settings):
+    """A study of one picture of 320 px."""
     pixels = np.random.default_rng(0).integers(60, 200, (320, 320, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels).save(folder / "a.png")
     plain = ["tile.mpp=native", "tile.tile_px=64", "tile.tissue.method=off", "tile.filters.max_pen=1"]
     tiny = ["pretrain.crops.global_px=48", "pretrain.crops.local_px=32", "pretrain.batch_size=5", "pretrain.steps=20"]
-    made = load_study(None, [f"cohort.slides=[{tmp_path / 'a.png'}]", f"out={tmp_path / 'out'}", *plain, *tiny])
+    return load_study(None, [f"cohort.slides=[{folder / 'a.png'}]", f"out={folder / 'out'}", *plain, *tiny, *settings])
+
+
+def test_wrong_sampling_weights_are_named_as_such_and_not_as_absent_tiles(tmp_path):
+    column, value = (one_slide(tmp_path, f"pretrain.sampling.weights={each}") for each in ("{stain: {A: 1}}", "{site: {A: 1}}"))
+    with pytest.raises(UsageError, match="no column 'stain'") as caught:
+        said(column)
+    assert caught.value.where == "pretrain.sampling.weights"
+    assert "no slide has tiles" in said(value), "which values slides have is known with the tiles"
+    assert tile(value) == 0
+    with pytest.raises(UsageError, match="no slide has site 'A'"):
+        said(value)
+
+
+def test_a_study_with_tiles_is_planned_from_them(tmp_path):
+    made = one_slide(tmp_path)
     assert "no slide has tiles" in said(made)
     assert not (tmp_path / "out").exists(), "a look writes nothing"
     assert tile(made) == 0

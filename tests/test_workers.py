@@ -209,6 +209,7 @@ def test_ctrl_c_ends_parent_and_workers_quietly(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         textwrap.dedent("""
+            import signal
             import time
             from pathfm.workers import map_isolated
 
@@ -217,6 +218,8 @@ def test_ctrl_c_ends_parent_and_workers_quietly(tmp_path):
                 time.sleep(600)
 
             if __name__ == "__main__":
+                # Whoever started the tests in the background may have had Ctrl-C ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 try:
                     list(map_isolated(work, [1], workers=1))
                 except KeyboardInterrupt:

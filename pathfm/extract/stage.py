@@ -1,61 +1,41 @@
-"""Stage 3: tile stores x encoders -> feature files. Tiles are decoded once for all encoders, ahead of the device."""
+"""Stage 3: tiles x encoders -> feature files, as one stream over all slides. Tiles are decoded once for all encoders."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import islice
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
-from pathfm.compute import pick_device, use_threads
-from pathfm.config import fingerprint
-from pathfm.errors import PathfmError, StoreError
-from pathfm.extract.colour import colour_histogram
-from pathfm.faults import crash_point
-from pathfm.log import get_log, track
-from pathfm.models.encoders import Encode, effective_mpp, load_encoder
-from pathfm.store.cohort import Cohort
+from pathfm.compute import device_names, pick_device, use_threads
+from pathfm.errors import StoreError, UsageError
+from pathfm.events import Events
+from pathfm.extract.crew import joined, on_devices
+from pathfm.extract.sets import DENSE, MAIN, FeatureSet, FeatureSets, load_sets
+from pathfm.extract.slide_level import write_slide_vectors
+from pathfm.extract.stream import Device, Pace, run_stream
+from pathfm.extract.tiles import Batches, PixelsOf, SlideWork
+from pathfm.extract.writing import Writer, WriterThread
+from pathfm.log import say
+from pathfm.models.slide_encoders import SlideEncoder, load_slide_encoder
+from pathfm.store.cohort import Cohort, SlideRow, shard_of
 from pathfm.store.commit import sweep
-from pathfm.store.feature_file import read_feature_attrs, write_features
+from pathfm.store.dense_store import DenseWriter, patch_frame
+from pathfm.store.feature_file import FeatureWriter
 from pathfm.store.layout import Layout
-from pathfm.store.record import Outcome, StageReport, write_record
+from pathfm.store.lease import POLL_S, LeaseLostError, Leases
+from pathfm.store.record import Outcome, StageReport, library_versions, write_record
 from pathfm.store.tile_store import TileStore, open_tiles
-from pathfm.study import ExtractSettings, Study
+from pathfm.study import Study
 
-VERSION = 1
-"""Raised whenever the features of the same tiles change."""
-AHEAD = 4
-"""Batches decoded ahead of the device."""
-COLOUR = "colour-histogram"
-
-log = get_log(__name__)
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """One encoder of a run and where its features go.
-
-    Attributes:
-        role: main, untrained or colour.
-        name: what reports call it.
-        recipe: everything that decides the features, for the attributes and the fingerprint.
-        folder: feature files of this encoder.
-    """
-
-    role: str
-    name: str
-    recipe: Mapping[str, Any]
-    folder: Path
-
-    def fingerprint(self, store: TileStore) -> str:
-        """What a feature file depends on."""
-        return fingerprint({"version": VERSION, "recipe": dict(self.recipe), "store": store.fingerprint})
+STAGE = "extract"
+PATIENCE = 3
+"""How often a slide is tried again whose lease another process took over meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +47,16 @@ class Extraction:
 
 
 def run_extract(
-    study: Study, cohort: Cohort, layout: Layout, own_encoder: Path | None = None, stale_tiles: Collection[str] = ()
+    study: Study,
+    cohort: Cohort,
+    layout: Layout,
+    own_encoder: Path | None = None,
+    stale_tiles: Collection[str] = (),
+    pixels_of: PixelsOf | None = None,
 ) -> Extraction:
     """Writes the feature files of every slide that has tiles and whose files are absent or stale.
+
+    Other processes and machines may do the same at the same time: each slide is made by one of them.
 
     Args:
         study: all settings.
@@ -77,73 +64,76 @@ def run_extract(
         layout: where stores are and features go.
         own_encoder: folder of the study's own encoder, for ``extract.encoder=pretrained``.
         stale_tiles: slides whose store is not what tiling would make now; they count as failed.
+        pixels_of: reads the tiles of stores without pixels from their slides.
+
+    Raises:
+        UsageError: no such encoder, or one that does not suit any slide's tiles.
     """
-    started = datetime.datetime.now(datetime.UTC)
-    use_threads(study.compute)
-    encoders = list(_encoders(study, layout, own_encoder))
-    for features, _ in encoders:
+    started, devices = datetime.datetime.now(datetime.UTC), device_names(study.compute)
+    # Before hours of work: what is missing here is told at once.
+    vectors = [load_slide_encoder(name, torch.device(devices[0])) for name in study.extract.slide_vectors]
+    if len(devices) > 1:
+        work = partial(
+            run_extract, cohort=cohort, layout=layout, own_encoder=own_encoder, stale_tiles=stale_tiles, pixels_of=pixels_of
+        )
+        without = study.extract.model_copy(update={"slide_vectors": ()})
+        found = on_devices(work, study.model_copy(update={"extract": without}), devices)
+        report, sets_by_role = joined([extraction.report for extraction in found]), found[0].sets
+        whole = Extraction(_with_failures(report, _slide_vectors(cohort, sets_by_role[MAIN], vectors)), sets_by_role)
+        _write_records(study, whole, started)
+        return whole
+    threads = use_threads(study.compute)
+    sets = load_sets(study, layout, own_encoder, pick_device(study.compute))
+    for features in sets.sets:
         sweep(features.folder)
-    outcomes: dict[str, Outcome] = {}
-    work: list[tuple[TileStore, list[int]]] = []
-    for row in cohort.rows:
-        store = None if row.slide_id in stale_tiles else _usable(row.slide_id, layout, outcomes)
-        if row.slide_id in stale_tiles:
-            outcomes[row.slide_id] = Outcome(row.slide_id, "failed", "its tiles are stale (run `pathfm tile`)")
+    rows = shard_of(cohort.rows, study.compute.shard)
+    run = _Run(study, sets, pixels_of, threads)
+    works = _suited(list(_stale(rows, layout, stale_tiles, run)), run)
+    if works:
+        run.extract(works)
+    report = StageReport(STAGE, tuple(run.outcomes[row.slide_id] for row in rows), run.note, len(works))
+    extraction = Extraction(_with_failures(report, _slide_vectors(cohort, sets.sets[0], vectors)), sets.by_role)
+    _write_records(study, extraction, started)
+    return extraction
+
+
+def _write_records(study: Study, extraction: Extraction, started: datetime.datetime) -> None:
+    if extraction.report.worked:
+        for features in extraction.sets.values():
+            write_record(features.folder, extraction.report, study.extract, started, study.compute.shard)
+
+
+def _slide_vectors(cohort: Cohort, main: FeatureSet, encoders: Sequence[SlideEncoder]) -> list[Outcome]:
+    """Vectors of all slides that have features by now, also those that other jobs made; returns what failed."""
+    paths = [path for row in cohort.rows if (path := main.path(row.slide_id)).is_file()]
+    made = [write_slide_vectors(paths, main.folder / "slides", encoder) for encoder in encoders]
+    return [outcome for outcomes in made for outcome in outcomes if outcome.status == "failed"]
+
+
+def _with_failures(report: StageReport, failed: Sequence[Outcome]) -> StageReport:
+    by_slide = {outcome.slide_id: outcome for outcome in failed}
+    outcomes = tuple(by_slide.get(outcome.slide_id, outcome) for outcome in report.outcomes)
+    return StageReport(report.stage, outcomes, report.note, report.worked)
+
+
+def _stale(rows: Sequence[SlideRow], layout: Layout, stale_tiles: Collection[str], run: _Run) -> Iterator[SlideWork]:
+    """The slides that need work; the others get their outcome at once."""
+    for row in rows:
+        store = _usable(row.slide_id, layout, stale_tiles, run.outcomes)
         if store is None:
             continue
-        stale = [number for number, (features, _) in enumerate(encoders) if not _is_current(features, store)]
+        stale = run.sets.stale(store)
         if stale:
-            work.append((store, stale))
+            yield SlideWork(store, stale)
         else:
-            outcomes[row.slide_id] = Outcome(row.slide_id, "kept", counts={"tiles": len(store)})
-    for store, stale in track(work, "extract", len(work)):
-        outcomes[store.slide_id] = _extract_slide(store, [encoders[number] for number in stale], study)
-    report = StageReport("extract", tuple(outcomes[row.slide_id] for row in cohort.rows))
-    sets = {features.role: features for features, _ in encoders}
-    if work:
-        for features in sets.values():
-            write_record(features.folder, report, study.extract, started)
-    return Extraction(report, sets)
+            run.outcomes[row.slide_id] = Outcome(row.slide_id, "kept", counts={"tiles": len(store)})
 
 
-def _encoders(study: Study, layout: Layout, own: Path | None) -> Iterator[tuple[FeatureSet, Encode]]:
-    """The main encoder and the controls, loaded."""
-    device = pick_device(study.compute)
-    for role, (label, name) in _encoder_names(study.extract, own).items():
-        encoder = load_encoder(name, study.extract, device)
-        recipe = {**asdict(encoder.recipe), "encoder": label, "dtype": study.extract.dtype}
-        yield _feature_set(role, label, recipe, layout), encoder
-    if study.extract.controls:
-        yield _feature_set("colour", COLOUR, {"encoder": COLOUR, "dtype": study.extract.dtype}, layout), colour_histogram
-
-
-def _encoder_names(settings: ExtractSettings, own: Path | None) -> dict[str, tuple[str, str]]:
-    """By role: what folders and reports call the encoder, and the name it is loaded by."""
-    if settings.encoder != "pretrained":
-        # A folder is named without its path: where it lies is nobody's business, and its weights are hashed anyway.
-        scheme, _, rest = settings.encoder.partition(":")
-        label = f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else settings.encoder
-        names = {"main": (label, settings.encoder)}
-        if settings.controls and settings.encoder.startswith("timm:"):
-            untrained = settings.encoder.replace("timm:", "untrained:", 1)
-            names["untrained"] = (untrained, untrained)
-        return names
-    if own is None or not (own / "teacher" / "config.json").is_file():
-        raise StoreError(
-            "the study has no encoder yet", where=str(own or ""), fix="run `pathfm pretrain`, or set extract.encoder=timm:NAME"
-        )
-    names = {"main": ("pretrained", f"local-dir:{own / 'teacher'}")}
-    if settings.controls:
-        names["untrained"] = ("untrained", f"local-dir:{own / 'untrained'}")
-    return names
-
-
-def _feature_set(role: str, name: str, recipe: Mapping[str, Any], layout: Layout) -> FeatureSet:
-    return FeatureSet(role, name, recipe, layout.features(name, fingerprint({"version": VERSION, "recipe": dict(recipe)})))
-
-
-def _usable(slide_id: str, layout: Layout, outcomes: dict[str, Outcome]) -> TileStore | None:
-    """The slide's tile store if it has tiles; else its outcome is noted."""
+def _usable(slide_id: str, layout: Layout, stale_tiles: Collection[str], outcomes: dict[str, Outcome]) -> TileStore | None:
+    """The slide's tile store if it has tiles and is up to date; else its outcome is noted."""
+    if slide_id in stale_tiles:
+        outcomes[slide_id] = Outcome(slide_id, "failed", "its tiles are stale (run `pathfm tile`)")
+        return None
     try:
         store = open_tiles(layout.store(slide_id))
     except StoreError:
@@ -155,50 +145,143 @@ def _usable(slide_id: str, layout: Layout, outcomes: dict[str, Outcome]) -> Tile
     return store
 
 
-def _is_current(features: FeatureSet, store: TileStore) -> bool:
-    attrs = read_feature_attrs(features.folder / f"{store.slide_id}.h5")
-    return attrs is not None and attrs.get("fingerprint") == features.fingerprint(store)
+def _suited(works: Sequence[SlideWork], run: _Run) -> list[SlideWork]:
+    """The slides whose tiles suit the encoder; what it will see of them is said once for each kind.
+
+    Raises:
+        UsageError: it suits none of them.
+    """
+    suited: list[SlideWork] = []
+    said: dict[str, None] = {}
+    refused: list[UsageError] = []
+    for work in works:
+        try:
+            said[run.sets.main.check_tiles(work.store.mpp, work.store.tile_px)] = None
+        except UsageError as error:
+            refused.append(error)
+            run.outcomes[work.slide_id] = Outcome(work.slide_id, "failed", error.reason)
+        else:
+            suited.append(work)
+    if refused and not suited:
+        raise refused[0]
+    if suited:
+        main = run.sets.main
+        near = "" if main.fidelity is None else f", cosine with float32 at least {main.fidelity:.5f} on built-in tiles"
+        say(f"{run.sets.sets[0].name}: {main.dim} numbers a tile, computed in {main.recipe.precision}{near}")
+    for line in said:
+        say(line)
+    return suited
 
 
-def _extract_slide(store: TileStore, encoders: list[tuple[FeatureSet, Encode]], study: Study) -> Outcome:
-    try:
-        rows: list[list[npt.NDArray[np.float32]]] = [[] for _ in encoders]
-        for tiles in _batches(store, study.compute.batch_size):
-            for collected, (_, encode) in zip(rows, encoders, strict=True):
-                collected.append(encode(tiles))
-        crash_point("extract.slide")
-        for collected, (features, _) in zip(rows, encoders, strict=True):
-            _write(features, store, np.concatenate(collected), study)
-    except PathfmError as error:
-        return Outcome(store.slide_id, "failed", error.reason)
-    return Outcome(store.slide_id, "done", counts={"tiles": len(store)})
+class _Run:
+    """The work on the slides that need it.
 
+    Args:
+        study: all settings.
+        sets: what is made of each.
+        pixels_of: tiles of stores without pixels.
+        threads: that decode.
+    """
 
-def _batches(store: TileStore, size: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """All tiles in order, decoded by threads a few batches ahead of use (decoding releases the interpreter lock)."""
-    starts = iter(range(0, len(store), size))
-    # The shard index is cached per reader and not locked: each batch reads through its own, cheap to open.
-    read = lambda start: open_tiles(store.path).read(range(start, min(start + size, len(store))))  # noqa: E731
-    with ThreadPoolExecutor(2) as pool:
-        waiting: list[Future[npt.NDArray[np.uint8]]] = [pool.submit(read, start) for start in islice(starts, AHEAD)]
-        while waiting:
-            tiles = waiting.pop(0).result()
-            waiting += [pool.submit(read, start) for start in islice(starts, 1)]
-            yield tiles
+    def __init__(self, study: Study, sets: FeatureSets, pixels_of: PixelsOf | None, threads: int) -> None:
+        self._compute, self._dtype, self._threads = study.compute, study.extract.dtype, threads
+        self._pixels_of, self.sets = pixels_of, sets
+        self._device = Device(sets.main.device, sets.device)
+        self.outcomes: dict[str, Outcome] = {}
+        self.note = ""
+        self._again: list[SlideWork] = []
+        self._losses: Counter[str] = Counter()
+        self._broken = ""
 
+    def extract(self, works: Sequence[SlideWork]) -> None:
+        """Makes the features of all slides; each gets its outcome."""
+        started = time.monotonic()
+        folders = {features.folder for features in self.sets.sets}
+        size = self._device.fitting_size(self._compute.batch_size, max(work.store.tile_px for work in works))
+        paces: list[Pace] = []
+        with Events(self.sets.sets[0].folder) as self._events, Leases(self._compute.lease_s) as self._leases:
+            about = {"versions": library_versions(), "slides": len(works)}
+            self._events.write("run_started", stage=STAGE, **about)
+            for folder in folders:
+                self._leases.sweep(folder)
+            waiting = list(works)
+            while waiting and not self._broken:
+                self._again, pace = [], self._pass(waiting, size)
+                paces += [pace] if pace.tiles else []
+                waiting = self._again
+                if waiting and not pace.tiles:
+                    time.sleep(min(POLL_S, self._compute.lease_s / 6))
+            for folder in folders:
+                self._leases.sweep(folder)
+            why = self._broken or "other processes keep taking it over (run the same command again)"
+            for work in works:
+                self.outcomes.setdefault(work.slide_id, Outcome(work.slide_id, "failed", why))
+            counts = Counter(self.outcomes[work.slide_id].status for work in works)
+            self._events.write("run_ended", stage=STAGE, seconds=round(time.monotonic() - started, 3), counts=dict(counts))
+        self.note = str(paces[0]) if paces else ""
 
-def _write(features: FeatureSet, store: TileStore, values: npt.NDArray[np.float32], study: Study) -> None:
-    input_px = int(features.recipe.get("input_px", store.tile_px))
-    mpp = effective_mpp(store.mpp, store.tile_px, input_px)
-    attrs: dict[str, str | int | float | bool] = {
-        "slide_id": store.slide_id,
-        "fingerprint": features.fingerprint(store),
-        "store_fingerprint": store.fingerprint,
-        "tile_px": store.tile_px,
-        "tile_side_level0": store.tile_side_level0,
-        "mpp": store.mpp if store.mpp is not None else float("nan"),
-        "effective_mpp": mpp if mpp is not None else float("nan"),
-        "coords_synthetic": store.coords_synthetic,
-        **{f"recipe_{key}": str(value) for key, value in features.recipe.items()},
-    }
-    write_features(features.folder / f"{store.slide_id}.h5", values.astype(study.extract.dtype), store.xy_level0, attrs)
+    def _pass(self, works: Sequence[SlideWork], size: int) -> Pace:
+        """One stream over the slides that no other process holds. It waits for none of them: what is in a batch with tiles of
+        a slide that is waited for would not be finished, and two processes might wait for each other."""
+        left = sum(len(work.store) for work in works)
+        device_threads = self._threads
+        batches = Batches(
+            self._held(works), size, device_threads, self.sets.host, pixels_of=self._pixels_of, pinned=self._device.is_gpu
+        )
+        with batches, WriterThread(self._open_writer, self._finished) as writer:
+            return run_stream(batches, self._device, writer, -(-left // size))
+
+    def _held(self, works: Sequence[SlideWork]) -> Iterator[SlideWork]:
+        """The slides whose lease is had; the others are for the next pass."""
+        main = self.sets.sets[0]
+        for work in works:
+            if self._broken:
+                return
+            try:
+                lease = self._leases.take(main.path(work.slide_id))
+            except StoreError as error:
+                self._broken = error.reason
+                return
+            if lease is None:
+                self._again.append(work)
+                continue
+            stale = self.sets.stale(work.store)
+            if not stale:
+                self.outcomes[work.slide_id] = Outcome(work.slide_id, "kept", counts={"tiles": len(work.store)})
+                lease.release()
+                continue
+            self._events.write("slide_started", stage=STAGE, slide_id=work.slide_id)
+            yield SlideWork(work.store, stale, lease)
+
+    def _open_writer(self, work: SlideWork, number: int, shape: tuple[int, ...]) -> Writer:
+        features, store = self.sets.sets[number], work.store
+        path, attributes, rows = features.path(work.slide_id), features.attributes(store), len(store)
+        assert work.lease is not None
+        if features.role != DENSE:
+            return FeatureWriter(path, rows, shape[0], self._dtype, store.xy_level0, attributes, work.lease.check)
+        height, width, dim = shape
+        recipe = self.sets.main.recipe
+        frame = patch_frame(store.tile_side_level0, recipe.resize_px, recipe.input_px, width)
+        return DenseWriter(
+            path, rows, (height, width, dim), self._dtype, store.xy_level0, {**attributes, **frame}, work.lease.check
+        )
+
+    def _finished(self, work: SlideWork) -> None:
+        """In the writer's thread: the slide's files are there, or it has an error."""
+        error, slide_id = work.error, work.slide_id
+        assert work.lease is not None
+        work.lease.release()
+        self._losses[slide_id] += 1
+        if isinstance(error, LeaseLostError) and self._losses[slide_id] <= PATIENCE:
+            self._again.append(SlideWork(work.store, work.sets))
+            return
+        unread = int((~work.valid).sum())
+        counts = {"tiles": len(work.store), **({"unreadable": unread} if unread else {})}
+        outcome = Outcome(slide_id, "failed", error.reason) if error else Outcome(slide_id, "done", counts=counts)
+        self.outcomes[slide_id] = outcome
+        if error is not None and isinstance(error.__cause__, OSError):
+            # A drive that cannot be written takes no other slide either; what is made stays made.
+            self._broken = error.reason
+        self._events.write(
+            f"slide_{outcome.status}", stage=STAGE, slide_id=slide_id, counts=dict(outcome.counts), reason=outcome.reason
+        )

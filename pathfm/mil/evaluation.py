@@ -28,14 +28,14 @@ class Judged:
         probability_BC: class probabilities.
         label_B: class numbers (shuffled ones for the shuffled control).
         localisation: how well tile scores find the lesion, None where that cannot be said.
-        transductive: it rests on an encoder that has seen some of these patients.
+        seen_share: share of these patients whom the encoder it rests on has seen; above 0, the numbers are transductive.
     """
 
     name: str
     probability_BC: NDArray[np.float64]
     label_B: tuple[int, ...]
     localisation: Localisation | None = None
-    transductive: bool = False
+    seen_share: float = 0.0
 
 
 def model_metrics(judged: Judged, patient_B: Sequence[str], positive: int, settings: MilSettings) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def model_metrics(judged: Judged, patient_B: Sequence[str], positive: int, setti
             derive_seed("balanced accuracy", settings.seed),
         )._asdict(),
         "localisation_auroc": judged.localisation._asdict() if judged.localisation else None,
-        "transductive": judged.transductive,
+        "transductive": judged.seen_share > 0,
+        "patients_seen_share": judged.seen_share,
     }
 
 

@@ -105,7 +105,7 @@ class Plan:
             {slide_id: store.fingerprint for slide_id, store in self.gathered.stores.items()},
             truth,
             self.gathered.notes,
-            [self.seen.rule, self.seen.known, [list(row) for row in self.seen.rows()]],
+            [self.seen.rule, self.seen.known, [list(row) for row in self.seen.rows()], *sorted(self.seen.initial)],
             [list(fold.test) for fold in self.folds],
         )
 

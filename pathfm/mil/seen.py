@@ -36,6 +36,8 @@ class Seen:
         evidence: slide_id -> why it counts as seen; only slides that do.
         names: manifest key -> slide_id, for the slides of this study.
         origin_known: whether the weights that the encoder started or learned from say what they have seen, too.
+        initial: slides seen by the weights that the study's own encoder started from (``pretrain.init``), before this study:
+            the control "untrained encoder" is the network with these weights.
     """
 
     rule: Rule
@@ -44,16 +46,25 @@ class Seen:
     evidence: Mapping[str, tuple[Evidence, ...]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     origin_known: bool = True
+    initial: frozenset[str] = frozenset()
 
     @property
     def seen_patients(self) -> frozenset[str]:
         """Patients of whom any slide was seen."""
         return frozenset(self.patients[slide_id] for slide_id in self.evidence)
 
+    @property
+    def initial_patients(self) -> frozenset[str]:
+        """Patients of whom the control "untrained encoder" has seen any slide."""
+        return frozenset(self.patients[slide_id] for slide_id in self.initial)
+
     def share(self, judged: Iterable[str]) -> float:
         """Share of these patients who were seen."""
-        patients = set(judged)
-        return len(patients & self.seen_patients) / len(patients) if patients else 0.0
+        return _share(judged, self.seen_patients)
+
+    def initial_share(self, judged: Iterable[str]) -> float:
+        """Share of these patients whom the control "untrained encoder" has seen."""
+        return _share(judged, self.initial_patients)
 
     def left_out(self) -> frozenset[str]:
         """Patients whom the rule keeps from being judged."""
@@ -101,12 +112,20 @@ class Seen:
         if count:
             share = f"{count} of {len(patients)} patients ({self.share(patients):.0%})"
             notes.append(f"transductive: the encoder was pretrained, without labels, on slides of {share}")
+        if before := len(patients & self.initial_patients):
+            share = f"{before} of {len(patients)} patients ({self.initial_share(patients):.0%})"
+            notes.append(f"the untrained encoder has the weights of pretrain.init, which were pretrained on slides of {share}")
         if self.rule == "exclude":
             notes.append(f"the numbers rest on {len(patients)} patients of whom the encoder has seen no slide")
         return notes
 
     def _named(self, evidence: Evidence) -> str:
         return self.names.get(evidence.match, evidence.match)
+
+
+def _share(judged: Iterable[str], seen: frozenset[str]) -> float:
+    patients = set(judged)
+    return len(patients & seen) / len(patients) if patients else 0.0
 
 
 def rule_of(study: Study) -> Rule:
@@ -130,7 +149,7 @@ def look_for_seen(study: Study, cohort: Cohort, stores_dir: Path, own: Path | No
         study: all settings.
         cohort: the slides.
         stores_dir: folder of ``<slide_id>.zarr``.
-        own: folder of the study's own encoder, where it uses that.
+        own: folder of the study's own encoder (``teacher/``, with ``untrained/`` beside it), where it uses that.
 
     Raises:
         StoreError: the manifest is not the encoder's, or damaged.
@@ -143,7 +162,9 @@ def look_for_seen(study: Study, cohort: Cohort, stores_dir: Path, own: Path | No
         stores = [path for row in cohort.rows if _is_store(path := stores_dir / f"{row.slide_id}.zarr")]
         known_patients = {row.slide_id: row.patient_id for row in cohort.rows}
         origin_known = bool(read_json(folder / CARD).get(ORIGIN_KNOWN, True)) if folder else True
-        return Seen(rule, True, patients, find_seen(manifest, stores, known_patients), names, origin_known)
+        before = manifest_of(own.parent / "untrained") if own and folder == own else None
+        initial = frozenset(find_seen(before, stores, known_patients)) if before else frozenset()
+        return Seen(rule, True, patients, find_seen(manifest, stores, known_patients), names, origin_known, initial)
     if study.extract.encoder == "pretrained":
         # Without its manifest the study's own encoder may have seen every slide.
         return Seen(

@@ -161,7 +161,7 @@ def _judge(plan: Plan, features: Features, inputs: MilInputs, answers: dict[str,
     truth_B = plan.judged.label_B
     dealt_B = plan.shuffled_B
     shuffled_B = tuple(dealt_B[place] for place in tested_places(plan.places))
-    seen = plan.seen.known and plan.seen.share(plan.judged_patients) > 0
+    seen, seen_before = (share(plan.judged_patients) for share in (plan.seen.share, plan.seen.initial_share))
 
     def networks(name: str, place: str, slides: Mapping[str, SlideFeatures], label_B: tuple[int, ...]) -> OutOfFold:
         answers[name] = out_of_fold(_experiment(plan, inputs, (name, place), slides, label_B), plan.places)
@@ -181,9 +181,9 @@ def _judge(plan: Plan, features: Features, inputs: MilInputs, answers: dict[str,
     judged.append(Judged(COUNT, count_baseline(plan.tiles_B, label_B, plan.places, positive), truth_B))
     if features.untrained:
         untrained = networks(UNTRAINED, "controls/untrained", features.untrained, label_B)
-        judged.append(Judged(UNTRAINED, untrained.probability_BC, truth_B, attended(untrained)))
+        judged.append(Judged(UNTRAINED, untrained.probability_BC, truth_B, attended(untrained), seen_before))
     shuffled = networks(SHUFFLED, "controls/shuffled", features.main, dealt_B)
-    return [*judged, Judged(SHUFFLED, shuffled.probability_BC, shuffled_B, transductive=seen)]
+    return [*judged, Judged(SHUFFLED, shuffled.probability_BC, shuffled_B, seen_share=seen)]
 
 
 def _experiment(

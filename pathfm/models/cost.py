@@ -207,8 +207,8 @@ def _activations(settings: PretrainSettings, shape: _Shape, *, fused: bool, reco
     streams = 4 if settings.drop_path else 2  # norms' inputs; of a part of the images, also what is added back
     for images, px in ((2, settings.crops.global_px), (settings.crops.local_count, settings.crops.local_px)):
         tokens = shape.tokens(px)
-        # Else as ``attention`` does it: queries, keys and values, and the softmax, which autocast takes in fp32 and casts.
-        plain = number * 3 * shape.features + (FP32_BYTES + number) * shape.heads * tokens
+        # Else as ``attention`` does it: queries, keys and values as they are multiplied, and the softmax.
+        plain = number * (3 * shape.features + shape.heads * tokens)
         attention = shape.kept_qkv * number if fused else plain
         block = tokens * (attention + shape.kept_rest * number + streams * shape.features * FP32_BYTES)
         block *= 1 - settings.drop_path

@@ -1,4 +1,7 @@
-"""Encoders: a tile goes in as RGB bytes, a feature vector comes out, and the whole recipe is on record."""
+"""Encoders: tiles go in as RGB bytes, feature vectors come out, and the whole recipe is on record.
+
+Shapes: B tiles, H x W pixels, C channels, D features, h x w patches.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,22 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import timm
 import torch
-from timm.data.config import resolve_model_data_config
-from torch import nn
-from torch.nn import functional
+from torch import Tensor, nn
 
 from pathfm.errors import UsageError
-from pathfm.store.commit import read_json
+from pathfm.log import say
+from pathfm.models.calibration import calibration_tiles
+from pathfm.models.fidelity import Forward, Judged, Precision, judge, wanted_precision
+from pathfm.models.networks import Network, load_network
+from pathfm.models.preprocess import Preprocessing, turns_and_flips
 from pathfm.study import ExtractSettings
 
 Pixels = npt.NDArray[np.uint8]
-Encode = Callable[[Pixels], npt.NDArray[np.float32]]
+CALIBRATION_TILES = 8
 
 
 @dataclass(frozen=True)
@@ -30,85 +32,207 @@ class Recipe:
     """Everything that decides the features of given pixels.
 
     Attributes:
-        encoder: name as in the settings.
-        weights_sha256: hash over the names and values of all weights.
-        input_px: side the tiles are resized to [px].
+        encoder: name as in the settings, without the path of a folder.
+        weights_sha256: hash over the names and values of all weights, as loaded.
+        card: the record that says how the encoder is fed and read.
+        resize_px: side the whole tile is resized to [px].
+        input_px: side of the middle that the network sees [px].
         mean, std: channel normalisation of values in 0..1.
-        interpolation: resampling used when the tile side differs from ``input_px`` (always antialiased).
+        interpolation: of the resize.
+        antialias: whether the resize smooths before it shrinks.
         pooling: how tokens become one vector.
-        precision: arithmetic.
+        precision: arithmetic that is used, not the one that was wished for.
+        symmetry: whether features are averaged over turns and flips.
+        scales: factors by which tiles are enlarged (S2).
+        merge_tokens: share of the patches that is merged.
         dim: length of a feature vector.
     """
 
     encoder: str
     weights_sha256: str
+    card: str
+    resize_px: int
     input_px: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    antialias: bool
     pooling: str
-    precision: str
+    precision: Precision
+    symmetry: str
+    scales: tuple[int, ...]
+    merge_tokens: float
     dim: int
 
 
 class TileEncoder:
-    """A network with its preprocessing and pooling.
+    """A network with its preprocessing, pooling and arithmetic.
 
     Args:
-        model: a timm model without classifier.
-        name: the encoder's name for the recipe.
-        settings: pooling, precision, input side.
+        network: with the card that says how it is fed and read, for the side that the settings ask for.
+        settings: what is asked for.
         device: where it runs.
+        compiled: compile the network.
+
+    Attributes:
+        recipe: everything that decides the features.
+        device: where tiles must be.
+        fidelity: least cosine with plain float32 features on the calibration tiles; None: it is plain float32.
+
+    Raises:
+        UsageError: pooling or token merging do not go with this network.
     """
 
-    def __init__(self, model: nn.Module, name: str, settings: ExtractSettings, device: torch.device) -> None:
-        self._model = model.eval().requires_grad_(requires_grad=False).to(device)
-        self._device, self._precision = device, settings.precision
-        facts: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-        is_vit = hasattr(model, "num_prefix_tokens") and hasattr(model, "patch_embed")
-        self._pooling = settings.pooling if is_vit else "average"
-        self._input_px = settings.input_px or int(facts["input_size"][-1])
-        patch_px = int(model.patch_embed.patch_size[0]) if is_vit else 1  # type: ignore[union-attr,index]
-        if self._input_px % patch_px:
-            what = f"{self._input_px} px is not a whole number of the encoder's patches ({patch_px} px)"
-            raise UsageError(what, where="extract.input_px", fix=f"use {self._input_px // patch_px * patch_px or patch_px}")
-        self._interpolation = str(facts["interpolation"]) if facts["interpolation"] in {"bilinear", "bicubic"} else "bicubic"
-        self._mean = torch.tensor(facts["mean"], device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(facts["std"], device=device).view(1, 3, 1, 1)
-        dim = int(model.num_features) * (2 if self._pooling == "cls+mean" else 1)  # type: ignore[arg-type]
+    def __init__(self, network: Network, settings: ExtractSettings, device: torch.device, *, compiled: bool = False) -> None:
+        name, card = network.name, network.card
+        model = network.model.eval().requires_grad_(requires_grad=False)
+        digest = weights_sha256(model)
+        model = model.to(device)
+        if not hasattr(model, "num_prefix_tokens"):
+            model = model.to(memory_format=torch.channels_last)
+        self.device, self._card, self._settings = device, card, settings
+        sides_px = card.resize_px, card.input_px
+        self._prepare = Preprocessing(*sides_px, card.mean, card.std, card.interpolation, card.antialias).to(device)
+        plain = Forward(model, card.pooling if settings.pooling == "recipe" else settings.pooling)
+        judged = self._judged(plain, name)
+        self._forward, self.fidelity = judged.forward, judged.cosine
+        self._vectors = self._compiled(name) if compiled else judged.forward
         self.recipe = Recipe(
             encoder=name,
-            weights_sha256=weights_sha256(model),
-            input_px=self._input_px,
-            mean=tuple(facts["mean"]),
-            std=tuple(facts["std"]),
-            interpolation=self._interpolation,
-            pooling=self._pooling,
-            precision=settings.precision,
-            dim=dim,
+            weights_sha256=digest,
+            card=card.name,
+            resize_px=card.resize_px,
+            input_px=card.input_px,
+            mean=tuple(card.mean),
+            std=tuple(card.std),
+            interpolation=card.interpolation,
+            antialias=card.antialias,
+            pooling=plain.pool,
+            precision=judged.precision,
+            symmetry=settings.symmetry,
+            scales=settings.scales,
+            merge_tokens=settings.merge_tokens,
+            dim=judged.dim * len(settings.scales),
         )
 
+    @property
+    def dim(self) -> int:
+        """Length of a feature vector."""
+        return self.recipe.dim
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare network, as it runs: it may be in half precision."""
+        return self._forward.model
+
     @torch.inference_mode()
+    def images(self, tiles_BHWC: Tensor) -> Tensor:
+        """What the network sees of tiles [B, H, W, 3] uint8: normalised [B, 3, side, side], in its number type."""
+        return self._prepare(tiles_BHWC).to(self._forward.dtype)
+
+    @torch.inference_mode()
+    def features(self, tiles_BHWC: Tensor) -> Tensor:
+        """Features [B, D] float32 of RGB tiles [B, H, W, 3] uint8; both are on ``device``, which is not waited for."""
+        views = turns_and_flips(tiles_BHWC) if self._settings.symmetry == "d4" else [tiles_BHWC]
+        total_BD = self._scaled(views[0])
+        for view in views[1:]:
+            total_BD = total_BD + self._scaled(view)
+        return total_BD / len(views)
+
+    @torch.inference_mode()
+    def dense(self, tiles_BHWC: Tensor) -> Tensor:
+        """Patch features [B, h, w, D] float32 of tiles as they lie, at their plain scale.
+
+        Raises:
+            UsageError: the network has no square grid of patches.
+        """
+        return self._forward.patch_map(self._prepare(tiles_BHWC))
+
     def __call__(self, tiles: Pixels) -> npt.NDArray[np.float32]:
         """Features [B, D] float32 of RGB tiles [B, H, W, 3] uint8."""
-        images_BCHW = torch.from_numpy(tiles).to(self._device).permute(0, 3, 1, 2).float().div_(255)
-        if images_BCHW.shape[-1] != self._input_px:
-            side = (self._input_px, self._input_px)
-            images_BCHW = functional.interpolate(images_BCHW, size=side, mode=self._interpolation, antialias=True).clamp_(0, 1)
-        images_BCHW = (images_BCHW - self._mean) / self._std
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            features_BD = self._pool(self._model.forward_features(images_BCHW))  # type: ignore[operator]
-        result: npt.NDArray[np.float32] = features_BD.float().cpu().numpy()
-        return result
+        features: npt.NDArray[np.float32] = self.features(torch.tensor(tiles, device=self.device)).cpu().numpy()
+        return features
 
-    def _pool(self, output: torch.Tensor) -> torch.Tensor:
-        if self._pooling == "average":
-            pooled: torch.Tensor = self._model.forward_head(output, pre_logits=True)  # type: ignore[operator]
-            return pooled
-        cls_BD, mean_BD = output[:, 0], output[:, int(self._model.num_prefix_tokens) :].mean(dim=1)  # type: ignore[arg-type]
-        if self._pooling == "cls":
-            return cls_BD
-        return mean_BD if self._pooling == "mean" else torch.cat([cls_BD, mean_BD], dim=1)
+    def check_tiles(self, mpp: float | None, tile_px: int) -> str:
+        """One line that says which resolution the encoder really sees.
+
+        Args:
+            mpp: of the tiles [um per px]; None: unknown.
+            tile_px: their side [px].
+
+        Raises:
+            UsageError: it is further than ``extract.mpp_tolerance`` from every resolution the encoder was trained for.
+        """
+        side, cut, trained = self.recipe.resize_px, self.recipe.input_px, self._card.mpp
+        seen = effective_mpp(mpp, tile_px, side)
+        line = f"tiles {tile_px} px" + ("" if seen is None else f" at {mpp:.3g} mpp")
+        line += f", resized to {side}" * (side != tile_px) + f", the middle {cut} of it" * (cut != side)
+        if mpp is None or seen is None:
+            return f"{line}: which mpp the encoder sees is not known"
+        line += f": the encoder sees {seen:.3g} mpp"
+        line += "".join(f", {seen / factor:.3g} where enlarged by {factor}" for factor in self.recipe.scales if factor > 1)
+        if not trained:
+            return line
+        line += f"; trained for {', '.join(f'{known:g}' for known in trained)}"
+        ratios = [seen / factor / known for factor in self.recipe.scales for known in trained]
+        if min(max(ratio, 1 / ratio) for ratio in ratios) <= 1 + self._settings.mpp_tolerance + 1e-9:
+            return line
+        best = min(trained, key=lambda known: max(seen / known, known / seen))
+        fix = f"set tile.tile_px: {round(best * side / mpp)} or tile.mpp: {best * side / tile_px:.3g}"
+        raise UsageError(line, where="extract.encoder", fix=f"{fix}, or raise extract.mpp_tolerance")
+
+    def _scaled(self, tiles_BHWC: Tensor) -> Tensor:
+        return torch.cat([self._at_scale(tiles_BHWC, factor) for factor in self._settings.scales], dim=1)
+
+    def _at_scale(self, tiles_BHWC: Tensor, factor: int) -> Tensor:
+        """S2 (Shi et al. 2024, arXiv 2403.13043): features of the pieces of an enlarged tile, averaged."""
+        images, side = self._prepare(tiles_BHWC, factor), self.recipe.input_px
+        corners = [(top * side, left * side) for top in range(factor) for left in range(factor)]
+        total_BD = torch.zeros((), device=self.device)
+        for top, left in corners:
+            total_BD = total_BD + self._vectors(images[:, :, top : top + side, left : left + side])
+        return total_BD / len(corners)
+
+    def _calibration(self, count: int) -> Tensor:
+        tiles = calibration_tiles(count, self._prepare.resize_px)
+        return self._prepare(torch.from_numpy(tiles).to(self.device))
+
+    @torch.inference_mode()
+    def _judged(self, plain: Forward, name: str) -> Judged:
+        precision = wanted_precision(self._settings.precision, self._card.precision, self.device, name)
+        is_plain = precision == "fp32" and not self._settings.merge_tokens
+        return judge(plain, precision, self._settings, self._calibration(1 if is_plain else CALIBRATION_TILES), name)
+
+    def _compiled(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The network compiled when the first batch comes, for its size; where that fails, which is said, it runs as it is."""
+        compiled = torch.compile(self._forward.__call__, dynamic=False)
+
+        def run(images_BCHW: Tensor) -> Tensor:
+            try:
+                return compiled(images_BCHW)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                say(f"{name}: cannot be compiled here, it runs as it is ({str(error).strip().splitlines()[0][:200]})")
+                self._vectors = self._forward
+                return self._forward(images_BCHW)
+
+        return run
+
+
+def load_encoder(name: str, settings: ExtractSettings, device: torch.device, *, compiled: bool = False) -> TileEncoder:
+    """An encoder by name, as ``extract.encoder`` has it, ready on its device.
+
+    Args:
+        name: a card's name, or timm:NAME, hf-hub:ORG/NAME, local-dir:PATH, untrained:NAME, python:MODULE:FUNCTION.
+        settings: pooling, input side, precision and the other options.
+        device: where it runs.
+        compiled: compile the network (torch.compile).
+
+    Raises:
+        UsageError: no such network, its weights are not to be had here, or what is asked does not go with it.
+    """
+    return TileEncoder(load_network(name, settings.input_px, settings.weights), settings, device, compiled=compiled)
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -116,105 +240,10 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def load_encoder(name: str, settings: ExtractSettings, device: torch.device) -> TileEncoder:
-    """An encoder by name: ``timm:NAME``, ``hf-hub:ORG/NAME``, ``local-dir:PATH`` or ``untrained:NAME``.
-
-    Raises:
-        UsageError: no such network, or its weights are not to be had here.
-    """
-    scheme, _, rest = name.partition(":")
-    shown = name if scheme != "local-dir" else f"local-dir:{Path(rest).name}"
-    return TileEncoder(load_network(name, settings.input_px), shown, settings, device)
-
-
-def load_network(name: str, input_px: int | None = None) -> nn.Module:
-    """The bare network of an encoder, named as for ``load_encoder``, which also says what it raises."""
-    scheme, _, rest = name.partition(":")
-    if scheme not in SCHEMES or not rest:
-        raise UsageError(
-            f"unknown encoder {name!r}",
-            where="extract.encoder",
-            fix=f"use pretrained, or one of {', '.join(f'{key}:...' for key in SCHEMES)}",
-        )
-    return SCHEMES[scheme](rest, input_px)
-
-
-def _check_known(name: str) -> None:
-    if timm.is_model(name.partition(".")[0]):
-        return
-    close = timm.list_models(f"*{name.partition('.')[0].split('_')[0]}*")[:5]
-    hint = f"did you mean one of {', '.join(close)}?" if close else "see timm.list_models()"
-    raise UsageError(f"timm has no model {name!r}", where="extract.encoder", fix=hint)
-
-
-def _from_timm(name: str, input_px: int | None) -> nn.Module:
-    _check_known(name)
-    return _with_weights(name, input_px)
-
-
-def _create(name: str, input_px: int | None, *, pretrained: bool) -> nn.Module:
-    """The network, ready for ``input_px``: position embeddings resized as needed, or built for that side, or of any side."""
-    sides: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"img_size": input_px}, {}] if input_px else [{}]
-    for options in sides[:-1]:
-        try:
-            sized: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-        except TypeError:  # this kind of network has no such option
-            continue
-        return sized
-    plain: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    return plain
-
-
-def _with_weights(name: str, input_px: int | None) -> nn.Module:
-    try:
-        model = _create(name, input_px, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        fix = "download the weights where there is a network and use local-dir:PATH"
-        raise UsageError(f"weights of {name!r} cannot be loaded: {reason}", where="extract.encoder", fix=fix) from error
-    return model
-
-
-def _from_folder(path: str, input_px: int | None) -> nn.Module:
-    if not (Path(path) / "config.json").is_file():
-        raise UsageError(
-            "no encoder folder (config.json is missing)", where=path, fix="name a folder made by `pathfm pretrain` or timm"
-        )
-    return _with_weights(f"local-dir:{path}", input_px)
-
-
-def _untrained(name: str, input_px: int | None) -> nn.Module:
-    _check_known(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _create(name, input_px, pretrained=False)
-
-
-SCHEMES: dict[str, Callable[[str, int | None], nn.Module]] = {
-    "timm": _from_timm,
-    "hf-hub": lambda name, input_px: _with_weights(f"hf-hub:{name}", input_px),
-    "local-dir": _from_folder,
-    "untrained": _untrained,
-}
-
-
-def declared_input_px(name: str) -> int | None:
-    """The side [px] of the input that an encoder was trained with, as far as it is known without its weights."""
-    scheme, _, rest = name.partition(":")
-    if scheme in {"timm", "untrained"} and timm.is_model(rest):
-        model_config = timm.get_pretrained_cfg(rest)
-        return int(model_config.input_size[-1]) if model_config else None
-    config = Path(rest) / "config.json"
-    if scheme != "local-dir" or not config.is_file():
-        return None
-    size = read_json(config).get("pretrained_cfg", {}).get("input_size")
-    return int(size[-1]) if size else None
-
-
-def effective_mpp(mpp: float | None, tile_px: int, input_px: int) -> float | None:
-    """Micrometres per pixel that the network really sees, after its resize."""
-    return None if mpp is None or math.isnan(mpp) else mpp * tile_px / input_px
+def effective_mpp(mpp: float | None, tile_px: int, resize_px: int) -> float | None:
+    """Micrometres per pixel that the network really sees, when whole tiles are resized to ``resize_px``."""
+    return None if mpp is None or math.isnan(mpp) else mpp * tile_px / resize_px

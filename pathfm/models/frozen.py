@@ -1,4 +1,4 @@
-"""A frozen encoder as a teacher: whatever timm network, with class and patch features of images that are normalised our way.
+"""A frozen encoder as a teacher: whatever network, with class and patch features of images that are normalised our way.
 
 Shapes: N images, P patches of an image (row-major), D features.
 """
@@ -6,16 +6,15 @@ Shapes: N images, P patches of an image (row-major), D features.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pathfm.errors import UsageError
 from pathfm.models.checkpoints import MEAN, STD
-from pathfm.models.encoders import load_network
+from pathfm.models.networks import Network, load_network
 
 
 class Features(NamedTuple):
@@ -37,11 +36,12 @@ class FrozenEncoder:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self._model: nn.Module = _loaded(name).eval().requires_grad_(False).to(device)
-        facts: dict[str, Any] = resolve_model_data_config(self._model)  # type: ignore[no-untyped-call]
-        self._input_px = int(facts["input_size"][-1])
+        network = _loaded(name)
+        self._model: nn.Module = network.model.eval().requires_grad_(False).to(device)
+        card = network.card
+        self._input_px = card.input_px
         ours, theirs = (
-            torch.tensor(values, device=device).view(2, 1, 3, 1, 1) for values in ((MEAN, STD), (facts["mean"], facts["std"]))
+            torch.tensor(values, device=device).view(2, 1, 3, 1, 1) for values in ((MEAN, STD), (card.mean, card.std))
         )
         self._factor, self._offset = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
         self._prefix = getattr(self._model, "num_prefix_tokens", None)
@@ -68,7 +68,7 @@ class FrozenEncoder:
         return Features(pooled, patches if math.isqrt(patches.shape[1]) ** 2 == patches.shape[1] else None)
 
 
-def _loaded(name: str) -> nn.Module:
+def _loaded(name: str) -> Network:
     try:
         return load_network(name)
     except UsageError as error:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pathfm.errors import StoreError, UsageError
 from pathfm.models.checkpoints import load_encoder_folder
-from pathfm.models.encoders import SCHEMES, weights_sha256
+from pathfm.models.encoders import weights_sha256
+from pathfm.models.networks import load_network
 from pathfm.models.vit import MaskedViT, resized_positions
 
 _WHERE = "pretrain.init"
@@ -144,7 +145,7 @@ def _from_network(scheme: str, rest: str) -> tuple[TimmState, str]:
             raise UsageError(error.what, where=f"{_WHERE}: {error.where}", fix=error.fix) from error
         return TimmState(folder.model.state_dict(), None), weights_sha256(folder.model)
     try:
-        network = SCHEMES[scheme](rest, None)
+        network = load_network(f"{scheme}:{rest}").model
     except UsageError as error:
         raise UsageError(error.what, where=_WHERE, fix=error.fix) from error
     return TimmState(network.state_dict(), None), weights_sha256(network)

@@ -25,7 +25,7 @@ from pathfm.pretrain.colour import draw_colour
 from pathfm.pretrain.masking import batch_masks
 from pathfm.pretrain.reading import Place, TileReader
 from pathfm.pretrain.schedule import phase_start
-from pathfm.pretrain.views import cut_views, fitting_crops
+from pathfm.pretrain.views import cut_views, larger_crops
 from pathfm.pretrain_settings import CropSettings, PretrainSettings
 
 CROPS, MASKS, COLOUR = range(16, 19)
@@ -93,14 +93,7 @@ class TileBatches(Dataset[Batch]):
                 fix="lower it, or add slides",
             )
         self._settings, self._patch_px, self._rank, self._world = settings, patch_px, rank, world
-        self._crops = self._larger = crops
-        if settings.high_resolution.start < 1:
-            larger = {"global_px": settings.high_resolution.global_px, "local_px": settings.high_resolution.local_px}
-            self._larger = fitting_crops(settings.crops.model_copy(update=larger), catalogue.tile_px, patch_px)
-            if self._larger.global_px <= crops.global_px:
-                what = f"tiles of {catalogue.tile_px} px have no room for crops of {larger['global_px']} px"
-                fix = "store larger tiles (tile.keep_px), or set start to 1"
-                raise UsageError(what, where="pretrain.high_resolution.global_px", fix=fix)
+        self._crops, self._larger = crops, larger_crops(settings, crops, catalogue.tile_px, patch_px)
 
     def crops_at(self, step: int) -> CropSettings:
         """The crops of a step: larger ones in the high-resolution phase."""

@@ -111,17 +111,14 @@ def _write_manifests(
     """What the trained networks will have seen, and what the weights they start from have."""
     used = {slide_id for slide_id, count in catalogue.used if count}
     seen = [path for path in store_paths if open_tiles(path).slide_id in used]
-    inherited = _inherited(settings)
-    write_manifest(encoder_dir / MANIFEST, seen, patient_of, inherited)
-    if inherited:
-        write_manifest(encoder_dir / INITIAL_MANIFEST, [], {}, inherited)
+    write_manifest(encoder_dir / MANIFEST, seen, patient_of, _inherited(settings.init, settings.teacher))
+    if initial := _inherited(settings.init):
+        write_manifest(encoder_dir / INITIAL_MANIFEST, [], {}, initial)
 
 
-def _inherited(settings: PretrainSettings) -> list[Path]:
+def _inherited(*names: str | None) -> list[Path]:
     """Manifests of the encoders that the run starts or learns from: it has seen, at second hand, what they saw."""
-    folders = [
-        Path(name.partition(":")[2]) for name in (settings.init, settings.teacher) if name and name.startswith("local-dir:")
-    ]
+    folders = [Path(name.partition(":")[2]) for name in names if name and name.startswith("local-dir:")]
     return [manifest for folder in folders if (manifest := manifest_of(folder))]
 
 
@@ -151,11 +148,11 @@ def _clear_others(encoder_dir: Path, fingerprint: str) -> None:
 def _card(settings: PretrainSettings, catalogue: Catalogue, store_paths: Sequence[Path]) -> dict[str, Any]:
     """What the encoder's card says of its tiles and settings; resolution and size are None where the stores differ."""
     mpp, tile_px = (sorted(set(column.tolist())) for column in (catalogue.mpp_E, catalogue.tile_px_E))
-    known = len(mpp) == 1 and not math.isnan(mpp[0])
+    known, origins = len(mpp) == 1 and not math.isnan(mpp[0]), (settings.init, settings.teacher)
     return {
         "mpp": mpp[0] if known else None,
         "tile_px": tile_px[0] if len(tile_px) == 1 else None,
-        ORIGIN_KNOWN: len(_inherited(settings)) == sum(name is not None for name in (settings.init, settings.teacher)),
+        ORIGIN_KNOWN: len(_inherited(*origins)) == sum(name is not None for name in origins),
         "crops_px": [settings.crops.global_px, settings.crops.local_px],
         **provenance(settings.decisive(), {store.slide_id: store.fingerprint for store in map(open_tiles, store_paths)}),
     }

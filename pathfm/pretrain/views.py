@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pathfm.errors import UsageError
 from pathfm.geometry import Box, scale_length
-from pathfm.pretrain_settings import CropSettings
+from pathfm.pretrain_settings import CropSettings, PretrainSettings
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -61,6 +61,34 @@ def fitting_crops(crops: CropSettings, tile_px: int, patch_px: int) -> CropSetti
         what = f"tiles of {tile_px} px have no room for crops of even two patches of {patch_px} px"
         raise UsageError(what, where="pretrain.crops.global_px", fix="set pretrain.crops.scale_of: tile, or store larger tiles")
     return crops.model_copy(update={"global_px": global_px, "local_px": local_px or crops.local_px})
+
+
+def larger_crops(settings: PretrainSettings, crops: CropSettings, tile_px: int, patch_px: int) -> CropSettings:
+    """The crops of the high-resolution phase; ``crops``, those of the other steps, where there is no such phase.
+
+    Args:
+        settings: with ``high_resolution``, and the crops that were asked for.
+        crops: of ``fitting_crops``.
+        tile_px, patch_px: as there.
+
+    Raises:
+        UsageError: a crop is no whole number of patches, or tiles have no room for larger crops than ``crops``.
+    """
+    late = settings.high_resolution
+    if late.start >= 1:
+        return crops
+    asked, place = settings.crops.model_copy(update={"global_px": late.global_px, "local_px": late.local_px}), "high_resolution"
+    try:
+        larger = fitting_crops(asked, tile_px, patch_px)
+    except UsageError as error:
+        raise UsageError(error.what, where=error.where.replace("crops", place), fix=error.fix) from error
+    if larger.global_px <= crops.global_px:
+        what = f"tiles of {tile_px} px have no room for crops of {late.global_px} px"
+        fix = f"store larger tiles (tile.keep_px={math.ceil(late.global_px * ROOM - 1e-9)}), or set start to 1"
+        if late.global_px <= crops.global_px:
+            what, fix = f"crops of {late.global_px} px are not larger than those before it", "raise it, or set start to 1"
+        raise UsageError(what, where=f"pretrain.{place}.global_px", fix=fix)
+    return larger
 
 
 def _largest_px(tile_px: int, patch_px: int, scale: tuple[float, float], aspect: tuple[float, float]) -> int:

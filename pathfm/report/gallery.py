@@ -131,7 +131,8 @@ class _Source:
 def _read(fate: Fate, folders: tuple[Path, Path], top: Sequence[int]) -> _Source:
     store = open_tiles(folders[0] / f"{fate.slide_id}.zarr")
     heatmap = _read_picture(folders[1] / f"{fate.slide_id}.png")
-    indices = [index for index in top if 0 <= index < len(store)]
+    # Tiles whose pixels stayed in the slide cannot be shown here.
+    indices = [index for index in top if 0 <= index < len(store) and store.has_pixels]
     largest = SIDES[0]
     return _Source(
         fate=fate,

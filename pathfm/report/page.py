@@ -97,7 +97,7 @@ class Page:
         fates: one row per slide of the cohort.
         result: what mil found, None when it has not run.
         operating: the decisions at the usual threshold, None when they cannot be counted.
-        charts: by section: roc, training, pretraining.
+        charts: by section: roc, features, training, pretraining.
         gallery: slides with pictures.
         probabilities: predicted probability of the positive label by patient id or slide id.
     """

@@ -17,7 +17,7 @@ Row = Mapping[str, str]
 EXPLANATIONS: Mapping[str, str] = {
     "colour histogram": "only the colours of the tiles: what the stain alone gives away",
     "tile count": "only how many tiles there are: what the amount of tissue gives away",
-    "untrained encoder": "the same network with random weights: the difference is what pretraining adds",
+    "untrained encoder": "the same network before pretraining: the difference is what pretraining adds",
     "shuffled labels": "the main model on shuffled labels: should lie near 0.5, else information leaks",
 }
 """What each control is for, in the words of the page."""
@@ -49,6 +49,11 @@ class Estimate:
         return self.value if self.high is None else self.high
 
 
+def seen_words(share: float) -> str:
+    """How numbers are marked that rest on an encoder which has seen this share of the patients; empty for none."""
+    return f"transductive: {share:.0%} of patients seen in pretraining" if share else ""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What the encoder had seen in pretraining of the patients whom the numbers rest on; None where nobody knows.
@@ -73,14 +78,14 @@ class Seen:
     @property
     def words(self) -> str:
         """What stands beside every such number; empty when none was seen."""
-        return f"transductive: {self.share or 0:.0%} of patients seen in pretraining" if self.transductive else ""
+        return seen_words(self.share or 0)
 
 
 @dataclass(frozen=True)
 class ModelScore:
     """One model or control, judged on the same folds as all others.
 
-    ``transductive``: it rests on the encoder, and that has seen some of the patients.
+    ``seen_share``: of the patients, seen by the encoder it rests on.
     """
 
     name: str
@@ -90,7 +95,17 @@ class ModelScore:
     balanced_accuracy: Estimate | None
     localisation: Estimate | None
     localisation_slides: int | None
-    transductive: bool = False
+    seen_share: float = 0.0
+
+    @property
+    def transductive(self) -> bool:
+        """Whether it rests on an encoder that has seen some of the patients."""
+        return self.seen_share > 0
+
+    @property
+    def seen_words(self) -> str:
+        """What stands beside its numbers; empty when it is not transductive."""
+        return seen_words(self.seen_share)
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ def read_mil(folder: Path) -> MilResult | None:
             n_slides=int(content["n_slides"]),
             n_patients=int(content["n_patients"]),
             primary=str(content["primary"]),
-            scores=_scores(content["models"], str(content["primary"])),
+            scores=_scores(content["models"], str(content["primary"]), _seen(content.get("seen_in_pretraining"))),
             notes=tuple(str(note) for note in content["notes"]),
             seen=_seen(content.get("seen_in_pretraining")),
             predictions=read_rows(folder / "predictions.csv"),
@@ -160,16 +175,17 @@ def read_mil(folder: Path) -> MilResult | None:
         raise StoreError(f"cannot be understood ({error!r})", where=str(path), fix="run `pathfm mil` again") from error
 
 
-def _scores(models: Mapping[str, Any], primary: str) -> tuple[ModelScore, ...]:
+def _scores(models: Mapping[str, Any], primary: str, seen: Seen | None) -> tuple[ModelScore, ...]:
     # JSON sorts names; the page wants a fixed, telling order: the model, the known controls, anything else.
     known = [primary, *(name for name in EXPLANATIONS if name != primary)]
     names = [name for name in known if name in models] + sorted(set(models) - set(known))
     if primary not in models:
         raise KeyError(primary)
-    return tuple(_score(name, models[name], name == primary) for name in names)
+    share = (seen.share if seen else None) or 0.0
+    return tuple(_score(name, models[name], name == primary, share) for name in names)
 
 
-def _score(name: str, content: Mapping[str, Any], is_primary: bool) -> ModelScore:
+def _score(name: str, content: Mapping[str, Any], is_primary: bool, share: float) -> ModelScore:
     localisation = content.get("localisation_auroc")
     return ModelScore(
         name=name,
@@ -179,7 +195,8 @@ def _score(name: str, content: Mapping[str, Any], is_primary: bool) -> ModelScor
         balanced_accuracy=_estimate(content.get("balanced_accuracy")),
         localisation=_estimate(localisation),
         localisation_slides=int(localisation["n_slides"]) if localisation and "n_slides" in localisation else None,
-        transductive=bool(content.get("transductive")),
+        # Results of older versions have one share for all.
+        seen_share=(to_number(content.get("patients_seen_share", share)) or 0.0) if content.get("transductive") else 0.0,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pathfm.config import fingerprint
 from pathfm.report.fates import Fate, slide_fates
+from pathfm.report.feature_map import feature_map_chart
 from pathfm.report.figures import pretraining_chart, roc_chart, training_chart
 from pathfm.report.gallery import Gallery, build_gallery, choose
 from pathfm.report.operating import operating, probabilities
@@ -20,7 +21,7 @@ from pathfm.store.commit import commit_file, read_json, write_json
 from pathfm.store.record import Outcome, StageReport, read_record, write_record
 from pathfm.study import Study
 
-VERSION = 2
+VERSION = 3
 """Goes up when the same inputs give another page."""
 
 
@@ -34,6 +35,7 @@ class ReportInputs:
         mil_dir: what mil wrote; may be absent.
         encoder_dir: what pretrain wrote; absent with a public encoder.
         stores_dir: folder of tile stores.
+        features_dir: the main features.
         records: outcome rows by stage (tile, extract, mil).
         fingerprint: what the study's result depends on.
         cohort: all slides of the study.
@@ -44,6 +46,7 @@ class ReportInputs:
     mil_dir: Path
     encoder_dir: Path
     stores_dir: Path
+    features_dir: Path
     records: Mapping[str, StageReport]
     fingerprint: str
     cohort: Cohort
@@ -107,6 +110,7 @@ def _page(study: Study, inputs: ReportInputs, fates: tuple[Fate, ...], result: M
         charts={
             "roc": roc_chart(result) if result else None,
             "training": training_chart(result) if result else None,
+            "features": feature_map_chart(inputs.features_dir, inputs.cohort, study.mil.label),
             "pretraining": pretraining_chart(read_rows(inputs.encoder_dir / "metrics.csv")) if own else None,
         },
         gallery=gallery,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pathfm.report.fates import Fate, flow
-from pathfm.report.results import Estimate, MilResult, ModelScore
+from pathfm.report.results import Estimate, MilResult, ModelScore, seen_words
 
 FORMAT = "pathfm-summary"
 VERSION = 1
@@ -75,6 +75,7 @@ def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
 def _control(score: ModelScore) -> dict[str, float | None]:
     return {
         "transductive": score.transductive,
+        "patients_seen_share": score.seen_share,
         **_numbers("auroc", score.auroc),
         **_numbers("balanced_accuracy", score.balanced_accuracy),
         "localisation_auroc": score.localisation.value if score.localisation else None,
@@ -115,8 +116,7 @@ def key_numbers(summary: Mapping[str, Any]) -> list[str]:
     lines[0] += "".join(f", {summary[key]} {key.replace('_', ' ')}" for key in ("failed", "empty", "left_out") if summary[key])
     if summary["auroc"] is None:
         return [*lines, "no classifier result"]
-    share = summary["patients_seen_share"]
-    seen = f", transductive: {share:.0%} of patients seen in pretraining" if summary["transductive"] else ""
+    seen = _seen_words(summary)
     lines.append(f"AUROC {_spoken(summary, 'auroc')}, {summary['primary']}{seen}")
     if summary["balanced_accuracy"] is not None:
         lines.append(f"balanced accuracy {_spoken(summary, 'balanced_accuracy')}{seen}")
@@ -125,8 +125,13 @@ def key_numbers(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"localisation AUROC {_spoken(summary, 'localisation_auroc')}{where}{seen}")
     for name, control in summary["controls"].items():
         if control["auroc"] is not None:
-            lines.append(f"control {name}: AUROC {_spoken(control, 'auroc')}{seen if control['transductive'] else ''}")
+            lines.append(f"control {name}: AUROC {_spoken(control, 'auroc')}{_seen_words(control)}")
     return [*lines, *summary["warnings"]]
+
+
+def _seen_words(numbers: Mapping[str, Any]) -> str:
+    words = seen_words(numbers["patients_seen_share"] or 0)
+    return f", {words}" if words else ""
 
 
 def counted(count: int, noun: str) -> str:

@@ -28,8 +28,8 @@ from pathfm.slides.stored import StoredLevel
 
 BLOCK_COLUMNS, BLOCK_ROWS = 16, 8
 """Tiles that one thread works on at a time, at most."""
-BAND_TILES = 1024
-"""Tiles of a band of blocks, at most: finished ones wait in memory until the whole band can be told in order."""
+BAND_BYTES = 160 * 10**6
+"""Pixels of a band of blocks, at most: finished tiles wait in memory until the whole band can be told in order."""
 BANDS_AHEAD = 2
 """Bands under way beyond the one that is waited for."""
 
@@ -136,15 +136,16 @@ def _is_remote(reader: SlideReader) -> bool:
 def _outside(reader: SlideReader, cut: Cut, index: int) -> float:
     """Share of a tile beyond the level's edges, without a look at its pixels."""
     box, size = cut.box(index), reader.metadata.levels[cut.level].size
-    width = min(box.right, -(-size.width // cut.shrink)) - max(box.left, 0)
-    height = min(box.bottom, -(-size.height // cut.shrink)) - max(box.top, 0)
+    width = max(0, min(box.right, -(-size.width // cut.shrink)) - max(box.left, 0))
+    height = max(0, min(box.bottom, -(-size.height // cut.shrink)) - max(box.top, 0))
     return 1 - width * height / (box.size.width * box.size.height)
 
 
 def _bands(cut: Cut, chosen: Sequence[int]) -> Iterator[list[list[int]]]:
     """The chosen tiles in bands of rows, and each band in blocks of columns: what one thread works on at a time."""
     rows = [list(row) for _, row in groupby(chosen, key=lambda index: int(cut.boxes[index, 1]))]
-    deep = max(1, min(BLOCK_ROWS, BAND_TILES // max((len(row) for row in rows), default=1)))
+    row_bytes = 3 * cut.side**2 * max((len(row) for row in rows), default=1)
+    deep = max(1, min(BLOCK_ROWS, BAND_BYTES // row_bytes))
     for start in range(0, len(rows), deep):
         blocks: dict[int, list[int]] = {}
         for index in itertools.chain.from_iterable(rows[start : start + deep]):

@@ -77,6 +77,14 @@ def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = 
     return Cohort(rows)
 
 
+def shard_of(rows: Sequence[SlideRow], shard: str) -> tuple[SlideRow, ...]:
+    """The rows of one job of an array (``i/n``): every n-th, from the i-th (1-based) on; all of them without a shard."""
+    if not shard:
+        return tuple(rows)
+    index, count = (int(number) for number in shard.split("/"))
+    return tuple(rows[index - 1 :: count])
+
+
 def check_labels(cohort: Cohort, label: str, level: Literal["patient", "slide"]) -> None:
     """Refuse a label column that is absent or empty, or (``level="patient"``) patients whose slides contradict each other.
 

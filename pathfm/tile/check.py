@@ -213,7 +213,7 @@ def _folder(row: SlideRow, settings: TileSettings, encoder: EncoderNeeds | None)
 
 
 def _refuse(folder: TileFolder, settings: TileSettings) -> None:
-    """Raises what tiling would: the pixels have no slide to stay in, or no picture has the wanted size."""
+    """Raises what tiling would: no picture has the wanted size."""
     check_settings(settings)
     sizes: list[Size] = []
     for name in folder.names[:LOOKED_AT]:

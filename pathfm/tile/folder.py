@@ -35,7 +35,7 @@ def tile_folder(task: TileTask, check: Callable[[], None] | None = None) -> Made
     corners = mosaic_corners(len(folder), settings.tile_px)
     canvas = MosaicCanvas(len(folder), settings.tile_px)
     counts: Counter[str] = Counter({"files": len(folder), KEPT: 0})
-    codec = TileCodec("zstd" if settings.codec == "zstd" else "jpeg", settings.jpeg_quality)
+    codec = TileCodec("jpeg" if settings.codec == "auto" else settings.codec, settings.jpeg_quality)
     finish = Finisher(settings, codec, np.ones(len(folder), dtype=np.float32))
     with commit_dir(task.store, check) as temporary:
         writer = TileStoreWriter(temporary, codec, settings.tile_px, settings.shard_tiles)
@@ -76,8 +76,6 @@ def tile_folder(task: TileTask, check: Callable[[], None] | None = None) -> Made
 
 def check_settings(settings: TileSettings) -> None:
     """Refuses what would silently not be done: tiles that are cut already are taken as they are."""
-    if settings.codec == "none":
-        raise SlideError("tiles of a folder have no slide to stay in", fix="set tile.codec to auto, jpeg or zstd")
     cannot = {
         "several tile.mpp": isinstance(settings.mpp, tuple),
         "tile.keep_px": settings.keep_px is not None,

@@ -13,8 +13,9 @@ from pathfm.geometry import Mpp
 from pathfm.slides.reader import SlideMetadata, SlideReader
 from pathfm.store.cohort import SlideRow
 from pathfm.store.interop import find_coords, read_coords
-from pathfm.study import TileSettings
+from pathfm.study import ColourSettings, TileSettings
 from pathfm.tile.annotations import Annotations, apply_annotations, load_annotations, unmatched_classes
+from pathfm.tile.colour import Recolour, icc_to_srgb, make_normaliser
 from pathfm.tile.grid import Grid, grid_at, plan_grids
 from pathfm.tile.task import ASSUMED, UNKNOWN
 from pathfm.tile.tissue import Mask, mask_fractions, tissue_mask
@@ -44,6 +45,20 @@ class Scene(NamedTuple):
     def tissue(self, grid: Grid) -> npt.NDArray[np.float32]:
         """Share of each tile of a grid that is tissue [N]."""
         return mask_fractions(self.mask, grid.cells / self.downsample)
+
+
+class Colours(NamedTuple):
+    """What happens to a slide's colours.
+
+    Attributes:
+        thumbnail: that of the scene, with the scanner's profile applied if tiles have it applied [h, w, 3].
+        recolour: changes of the tiles' colours, in order.
+        normalised: the stain normalisation among them: none, reinhard or macenko.
+    """
+
+    thumbnail: Pixels
+    recolour: tuple[Recolour, ...]
+    normalised: str
 
 
 def slide_scale(facts: SlideMetadata, row: SlideRow, settings: TileSettings) -> Scale:
@@ -84,6 +99,21 @@ def look(reader: SlideReader, mpp: Mpp | None, row: SlideRow, settings: TileSett
     drawn = load_annotations(file) if file else Annotations()
     odd = unmatched_classes(drawn, settings.tissue) if file else "no file of annotations for this slide"
     return Scene(thumbnail, downsample, apply_annotations(mask, drawn, downsample, settings.tissue), (odd,) if odd else ())
+
+
+def slide_colours(reader: SlideReader, scene: Scene, settings: ColourSettings) -> Colours:
+    """How the colours of a slide change: the scanner's profile first, then the normalisation of its stain.
+
+    Raises:
+        SlideError: the profile cannot be applied.
+    """
+    profile = reader.icc_profile() if settings.icc else None
+    recolour = (icc_to_srgb(profile),) if profile else ()
+    thumbnail = recolour[0](scene.thumbnail) if recolour else scene.thumbnail
+    normaliser = make_normaliser(settings, thumbnail, scene.mask)
+    if normaliser is None:
+        return Colours(thumbnail, recolour, "none")
+    return Colours(thumbnail, (*recolour, normaliser), settings.normalise)
 
 
 def annotation_file(row: SlideRow, settings: TileSettings) -> Path | None:

@@ -20,13 +20,13 @@ from pathfm.slides.tile_reading import coincides, read_tiles
 from pathfm.store.commit import commit_dir, commit_file
 from pathfm.store.tile_store import TileCodec, TileStore, TileStoreInfo, TileStoreWriter, open_tiles, scale_group
 from pathfm.study import TileSettings
-from pathfm.tile.colour import StainVectors, estimate_stains, icc_to_srgb, make_normaliser
+from pathfm.tile.colour import StainVectors, estimate_stains
 from pathfm.tile.finish import KEPT, NO_TISSUE, UNREADABLE, Finisher, counted, why_empty
 from pathfm.tile.folder import tile_folder
 from pathfm.tile.grid import Grid
 from pathfm.tile.pictures import contact_sheet, overlay, png_bytes, sample_evenly
 from pathfm.tile.quality import perceptual_hash
-from pathfm.tile.scene import Scale, Scene, look, slide_grids, slide_scale
+from pathfm.tile.scene import Colours, Scale, Scene, look, slide_colours, slide_grids, slide_scale
 from pathfm.tile.task import Made, TileTask, check_unreadable
 from pathfm.tile.tissue import Mask
 
@@ -43,9 +43,8 @@ class _Slide(NamedTuple):
     task: TileTask
     scale: Scale
     scene: Scene
-    recolour: tuple[Callable[[Pixels], Pixels], ...]
+    colours: Colours
     stains: StainVectors | None
-    normalised: str
     notes: tuple[str, ...]
 
     @property
@@ -98,16 +97,11 @@ def _prepared(reader: SlideReader, task: TileTask) -> _Slide:
     settings = task.settings
     scale = slide_scale(reader.metadata, task.row, settings)
     scene = look(reader, scale.mpp, task.row, settings)
-    profile = reader.icc_profile() if settings.colour.icc else None
-    recolour = [icc_to_srgb(profile)] if profile else []
-    coloured = recolour[0](scene.thumbnail) if recolour else scene.thumbnail
-    normaliser = make_normaliser(settings.colour, coloured, scene.mask)
-    recolour += [normaliser] if normaliser else []
+    colours = slide_colours(reader, scene, settings.colour)
     notes = scale.notes + scene.notes
-    if settings.colour.normalise != "none" and normaliser is None:
+    if colours.normalised != settings.colour.normalise:
         notes += ("too little tissue, or one stain alone: colours are not normalised",)
-    done = settings.colour.normalise if normaliser else "none"
-    return _Slide(reader, task, scale, scene, tuple(recolour), estimate_stains(coloured, scene.mask), done, notes)
+    return _Slide(reader, task, scale, scene, colours, estimate_stains(colours.thumbnail, scene.mask), notes)
 
 
 def _write_scale(slide: _Slide, grid: Grid, folder: Path, further: Mapping[str, int] | None) -> _Scale:
@@ -124,8 +118,8 @@ def _write_scale(slide: _Slide, grid: Grid, folder: Path, further: Mapping[str, 
     fates = np.where(share >= settings.tissue.min_fraction, KEPT, NO_TISSUE).astype("<U16")
     chosen = [int(index) for index in np.flatnonzero(fates == KEPT)]
     codec = TileCodec("jpeg" if settings.codec == "auto" else settings.codec, settings.jpeg_quality)
-    finish = Finisher(settings, codec, share, slide.recolour)
-    passing = settings.codec == "auto" and not slide.recolour and len(grid) > 0 and coincides(reader, grid.cut)
+    finish = Finisher(settings, codec, share, slide.colours.recolour)
+    passing = settings.codec == "auto" and not slide.colours.recolour and len(grid) > 0 and coincides(reader, grid.cut)
     pixels = settings.filters.measure or (settings.codec != "none" and not passing)
     folder.mkdir(exist_ok=True)
     writer = TileStoreWriter(folder, codec, grid.cut.side, settings.shard_tiles)
@@ -180,7 +174,7 @@ def _with_slide(info: TileStoreInfo, slide: _Slide) -> tuple[TileStoreInfo, Pixe
         "objective": facts.objective,
         "icc_sha256": facts.icc_sha256,
         "icc_applied": task.settings.colour.icc and facts.icc_sha256 is not None,
-        "normalised": slide.normalised,
+        "normalised": slide.colours.normalised,
         "slide_mpp": list(mpp) if mpp else None,
         "mpp_source": slide.scale.source,
         "notes": [*slide.notes, *_inky(info)],
@@ -219,7 +213,7 @@ def _draw(slide: _Slide, scale: _Scale, folder: Path) -> None:
     boxes = np.concatenate([grid.corners_level0, grid.corners_level0 + np.array(grid.side_level0)], axis=1)
     thumbnail, downsample = _small(slide)
     picture = overlay(thumbnail, downsample, slide.scene.mask, boxes, scale.fates.tolist(), mpp.mean if mpp else None)
-    tiles = dict(_sample(slide.reader, scale, open_tiles(folder)))
+    tiles = dict(_sample(slide, scale, open_tiles(folder)))
     captions = ["{}, {}".format(*(int(value) for value in grid.corners_level0[index])) for index in tiles]
     sheet = contact_sheet(list(tiles.values()), captions, mpp=grid.mpp)
     for path, data in zip(slide.task.pictures, (png_bytes(picture), jpeg.encode(sheet, SHEET_QUALITY)), strict=True):
@@ -227,13 +221,15 @@ def _draw(slide: _Slide, scale: _Scale, folder: Path) -> None:
             temporary.write_bytes(data)
 
 
-def _sample(reader: SlideReader, scale: _Scale, store: TileStore) -> Iterator[tuple[int, Pixels]]:
+def _sample(slide: _Slide, scale: _Scale, store: TileStore) -> Iterator[tuple[int, Pixels]]:
     """A few kept tiles spread over the slide, by their number in the grid."""
     kept = [int(index) for index in np.flatnonzero(scale.fates == KEPT)]
     rows = sample_evenly(len(kept), CONTACT_TILES)
     if store.has_pixels:
         yield from ((kept[row], store[row]) for row in rows)
         return
-    for index, pixels in read_tiles(reader, scale.grid.cut, [kept[row] for row in rows], lambda _, tile: tile.pixels):
+    for index, pixels in read_tiles(slide.reader, scale.grid.cut, [kept[row] for row in rows], lambda _, tile: tile.pixels):
         if isinstance(pixels, np.ndarray):
+            for transform in slide.colours.recolour:
+                pixels = transform(pixels)
             yield index, pixels

@@ -12,7 +12,7 @@ from pathfm.config import fingerprint
 from pathfm.errors import SlideError, StoreError
 from pathfm.log import track
 from pathfm.slides.reader import slide_identity
-from pathfm.store.cohort import Cohort, SlideRow
+from pathfm.store.cohort import Cohort, SlideRow, shard_of
 from pathfm.store.commit import content_digest, read_json, sweep
 from pathfm.store.interop import find_coords
 from pathfm.store.layout import PICTURES, Layout
@@ -67,14 +67,6 @@ def _is_told(report: StageReport, record: Path) -> bool:
         return False
     kept = {row["slide_id"]: (row["status"] in {"done", "kept"}, row["reason"]) for row in read_json(record)["outcomes"]}
     return kept == {each.slide_id: (each.status in {"done", "kept"}, each.reason) for each in report.outcomes}
-
-
-def shard_of(rows: Sequence[SlideRow], shard: str) -> tuple[SlideRow, ...]:
-    """The rows of one job of an array: every n-th, from the i-th (1-based) on; all of them without a shard."""
-    if not shard:
-        return tuple(rows)
-    index, count = (int(number) for number in shard.split("/"))
-    return tuple(rows[index - 1 :: count])
 
 
 def _stale(study: Study, rows: Sequence[SlideRow], layout: Layout, outcomes: dict[str, Outcome]) -> Iterator[TileTask]:

@@ -1,11 +1,11 @@
 """What an encoder has learnt: probes of its frozen features on patients that pretraining never saw.
 
-    python pipelines/tissue/evaluate.py DATA OUT ENCODER [--everyone]
+    python pipelines/tissue/evaluate.py DATA OUT ENCODER [--only lymphoma --field-tile-px 160] [--everyone]
 
 DATA holds the folders hpylori and lymphoma, OUT the ``parts.csv`` of ``prepare.py``, ENCODER the folders ``teacher`` and
 ``untrained`` of a pretraining run. Written to ENCODER: ``probes.json`` and ``probes.md``.
 
-*H. pylori*: tiles, bacteria or none. Lymphoma: fields of three classes, each the mean of nine tiles. Every sample is scored
+*H. pylori*: tiles, bacteria or none. Lymphoma: fields of three classes, each the mean of its tiles. Every sample is scored
 by a probe that saw no sample of its patient (five folds); probes learn from everyone else, and only
 patients left out of pretraining are counted (``--everyone``: all of them, for nets that were never trained). The main
 pooling is that of ``pathfm extract``; the others are shown beside it and decide nothing.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +35,6 @@ from pathfm.stats.probes import PROBES, out_of_fold_scores, paired_difference, s
 Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[np.float64]
 
-TILE_PX, FIELD_SIDE = 256, 3
-"""Tiles are used at their own resolution; a field is cut into 3 x 3 of them."""
 BATCH = 32
 SEEDS = (0,)
 """Of the folds; with several, the scores of a sample are averaged."""
@@ -61,11 +59,15 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--everyone", action="store_true", help="count every patient")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--only", choices=tuple(LOADERS), help="one set alone")
+    parser.add_argument("--field-tile-px", type=int, default=256, help="side of the tiles a lymphoma field is cut into")
     arguments = parser.parse_args()
     nets = {name: arguments.encoder / name for name in (UNTRAINED, TEACHER) if (arguments.encoder / name).is_dir()}
-    tasks = load_tasks(arguments.data, arguments.out / "parts.csv", arguments.everyone)
+    probed = rows(arguments.out / "parts.csv")
+    held_out = {row["patient_id"] for row in probed if arguments.everyone or row["part"] == "held-out"}
     results = {}
-    for name, task in tasks.items():
+    for name in [arguments.only] if arguments.only else LOADERS:
+        task = LOADERS[name](arguments.data / name, held_out, arguments.field_tile_px)
         features = {COLOUR: colour_features(task)}
         for net, folder in nets.items():
             features |= {f"{net}, {pooling}": values for pooling, values in net_features(folder, task, arguments.precision)}
@@ -76,22 +78,23 @@ def main() -> None:
     print(table)
 
 
-def load_tasks(data: Path, parts: Path, everyone: bool) -> dict[str, Task]:
-    """The two labelled sets."""
-    held_out = {row["patient_id"] for row in rows(parts) if everyone or row["part"] == "held-out"}
-    labelled = [row for row in rows(data / "hpylori" / "tile_labels.csv") if row["tile_label"]]
-    tiles = [read(data / "hpylori" / "tiles" / row["patient_id"] / f"{row['tile']}.jpg")[None] for row in labelled]
-    fields = rows(data / "lymphoma" / "cohort.csv")
+def load_hpylori(folder: Path, held_out: set[str], _: int) -> Task:
+    """Labelled tiles."""
+    labelled = [row for row in rows(folder / "tile_labels.csv") if row["tile_label"]]
+    tiles = [read(folder / "tiles" / row["patient_id"] / f"{row['tile']}.jpg")[None] for row in labelled]
+    return _task(tiles, [int(float(row["tile_label"])) for row in labelled], labelled, held_out)
+
+
+def load_lymphoma(folder: Path, held_out: set[str], tile_px: int) -> Task:
+    """Fields, cut into tiles."""
+    fields = rows(folder / "cohort.csv")
     classes = sorted({row["label"] for row in fields})
-    return {
-        "hpylori": _task(tiles, [int(float(row["tile_label"])) for row in labelled], labelled, held_out),
-        "lymphoma": _task(
-            [cut_field(read(data / "lymphoma" / row["path"])) for row in fields],
-            [classes.index(row["label"]) for row in fields],
-            fields,
-            held_out,
-        ),
-    }
+    tiles = [cut_field(read(folder / row["path"]), tile_px) for row in fields]
+    return _task(tiles, [classes.index(row["label"]) for row in fields], fields, held_out)
+
+
+LOADERS: dict[str, Callable[[Path, set[str], int], Task]] = {"hpylori": load_hpylori, "lymphoma": load_lymphoma}
+"""The labelled sets: (folder, patients left out, side of a field's tiles [px]) -> task. Tiles keep their own resolution."""
 
 
 def _task(tiles: list[Pixels], labels: list[int], table: Sequence[dict[str, str]], held_out: set[str]) -> Task:
@@ -107,10 +110,10 @@ def read(picture: Path) -> Pixels:
     return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
-def cut_field(field: Pixels) -> Pixels:
-    """Tiles [T, side, side, 3] spread evenly over a square field."""
-    starts = np.linspace(0, len(field) - TILE_PX, FIELD_SIDE).astype(int)
-    return np.stack([field[top : top + TILE_PX, left : left + TILE_PX] for top in starts for left in starts])
+def cut_field(field: Pixels, tile_px: int) -> Pixels:
+    """As many tiles [T, side, side, 3] as fit side by side, spread evenly over a square field."""
+    starts = np.linspace(0, len(field) - tile_px, len(field) // tile_px).astype(int)
+    return np.stack([field[top : top + tile_px, left : left + tile_px] for top in starts for left in starts])
 
 
 def colour_features(task: Task) -> Array:

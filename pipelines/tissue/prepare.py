@@ -2,10 +2,10 @@
 
     python pipelines/tissue/prepare.py DATA OUT [--seed 0]
 
-DATA holds the folders hpylori, lymphoma, lc25000 and slides. Written to OUT: ``cohort.csv`` (what pretraining may see),
-``parts.csv`` (set, patient_id, label, part: every probe patient, ``held-out`` or ``pretraining``), ``watched.csv`` (labelled
-tiles of pretraining patients, for the probes during training) and ``lc25000/`` (its fields of 224 px resized to the 256 px of
-the other tiles).
+DATA holds the folders hpylori, lymphoma, lc25000 and slides. Written to OUT: ``cohort.csv`` (what pretraining may see) and
+``lymphoma.csv`` (what of it the study of the lymphoma fields sees), ``parts.csv`` (set, patient_id, label, part: every probe
+patient, ``held-out`` or ``pretraining``), ``watched.csv`` (labelled tiles of pretraining patients, for the probes during
+training) and ``lc25000/`` (its fields of 224 px resized to the 256 px of the other tiles).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 TILE_PX = 256
 HELD_OUT = {"hpylori": 0.5, "lymphoma": 2 / 3}
 """Share of the patients of each label that pretraining never sees."""
+LYMPHOMA_SITES = ("lymphoma", "her2st")
 ALWAYS_PRETRAINING = {"B22-250"}
 """One patient has a fifth of all tiles; held out, every interval would be his."""
 
@@ -47,7 +48,9 @@ def main() -> None:
     ]
     cohort += [(path.stem, path, f"her2st-{path.stem[7]}", "her2st") for path in sorted((data / "slides").glob("her2st_*.svs"))]
     cohort += [(folder.name, folder.resolve(), folder.name, "lc25000") for folder in resized(data / "lc25000", out / "lc25000")]
-    write(out / "cohort.csv", ("slide_id", "path", "patient_id", "site"), cohort)
+    columns = ("slide_id", "path", "patient_id", "site")
+    write(out / "cohort.csv", columns, cohort)
+    write(out / "lymphoma.csv", columns, [row for row in cohort if row[-1] in LYMPHOMA_SITES])
     write(
         out / "parts.csv",
         ("set", "patient_id", "label", "part"),

@@ -1,18 +1,21 @@
-"""Extraction: rows match tiles, nothing is done twice, and neither batches nor kills change a feature."""
+"""Extraction: rows match tiles, nothing is done twice, and nothing about how the work is done changes a byte of a file."""
 
 from __future__ import annotations
 
+import json
+
+import h5py
 import numpy as np
 import pytest
-import timm
 import torch
 
 from pathfm.config import load_study
-from pathfm.errors import UsageError
+from pathfm.errors import StoreError, UsageError
 from pathfm.extract.stage import run_extract
 from pathfm.models.encoders import load_encoder
 from pathfm.store.cohort import Cohort, SlideRow
 from pathfm.store.commit import content_digest
+from pathfm.store.dense_store import open_dense
 from pathfm.store.feature_file import open_features
 from pathfm.store.layout import Layout
 from pathfm.store.tile_store import open_tiles, write_tiles
@@ -20,6 +23,7 @@ from pathfm.study import ExtractSettings
 
 ENCODER = "untrained:vit_tiny_patch16_224"
 CPU = torch.device("cpu")
+COUNTS = (5, 1, 9, 30)
 
 
 @pytest.fixture(scope="module")
@@ -28,105 +32,233 @@ def tiled(tmp_path_factory):
     layout = Layout(out, "64px-0.5mpp-test")
     rng = np.random.default_rng(0)
     rows = []
-    for number, count in enumerate([5, 1, 9]):
+    for number, count in enumerate(COUNTS):
         coarse = rng.integers(0, 255, (count, 8, 8, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
         write_tiles(layout.store(f"s{number}"), coarse, slide_id=f"s{number}", codec="zstd")
         rows.append(SlideRow(f"s{number}", out / f"s{number}.svs"))
     return layout, Cohort((*rows, SlideRow("untiled", out / "untiled.svs")))
 
 
+@pytest.fixture
+def fresh(tiled, tmp_path):
+    """The same stores under an output folder without features."""
+    layout, cohort = tiled
+    (tmp_path / "tiles").symlink_to(layout.out / "tiles")
+    return Layout(tmp_path, layout.spec), cohort
+
+
 def _study(layout, *settings):
-    return load_study(None, [f"out={layout.out}", f"extract.encoder={ENCODER}", "extract.dtype=float32", *settings])
+    basic = (f"extract.encoder={ENCODER}", "extract.dtype=float32", "extract.precision=fp32", "extract.input_px=64")
+    return load_study(None, [f"out={layout.out}", *basic, *settings])
+
+
+def statuses(extraction):
+    return {outcome.slide_id: outcome.status for outcome in extraction.report.outcomes}
+
+
+def files(layout):
+    return {path.relative_to(layout.out).as_posix(): content_digest(path) for path in layout.out.glob("features/*/*/*.h5")}
 
 
 def test_rows_are_the_tiles_and_failures_are_named(tiled):
     layout, cohort = tiled
     done = run_extract(_study(layout), cohort, layout)
-    assert {outcome.slide_id: outcome.status for outcome in done.report.outcomes} == {
-        "s0": "done",
-        "s1": "done",
-        "s2": "done",
-        "untiled": "failed",
-    }
-    features = open_features(done.sets["main"].folder / "s2.h5")
-    encoder = load_encoder(ENCODER, ExtractSettings(), CPU)
-    store = open_tiles(layout.store("s2"))
-    np.testing.assert_allclose(features.features, encoder(store.read(range(9))), atol=1e-5)
-    np.testing.assert_array_equal(features.coords, store.xy_level0)
-    assert features.attrs["effective_mpp"] == pytest.approx(0.5 * 64 / 224)
-    again = run_extract(_study(layout), cohort, layout).report
-    assert [outcome.status for outcome in again.outcomes] == ["kept", "kept", "kept", "failed"]
+    assert statuses(done) == {**{f"s{number}": "done" for number in range(len(COUNTS))}, "untiled": "failed"}
+    encoder = load_encoder(ENCODER, ExtractSettings(precision="fp32", input_px=64), CPU)
+    for number, count in enumerate(COUNTS):
+        features, store = open_features(done.sets["main"].folder / f"s{number}.h5"), open_tiles(layout.store(f"s{number}"))
+        np.testing.assert_allclose(features.features, encoder(store.read(range(count))), atol=1e-5)
+        np.testing.assert_array_equal(features.coords, store.xy_level0)
+    again = run_extract(_study(layout), cohort, layout)
+    assert statuses(again) == {**{f"s{number}": "kept" for number in range(len(COUNTS))}, "untiled": "failed"}
 
 
-def test_batch_size_changes_no_feature_by_more_than_rounding(tiled, tmp_path):
-    layout, _ = tiled
-    values = []
-    for size in (1, 4, 64):
-        encoder = load_encoder(ENCODER, ExtractSettings(), CPU)
-        tiles = open_tiles(layout.store("s2")).read(range(9))
-        values.append(np.concatenate([encoder(tiles[start : start + size]) for start in range(0, 9, size)]))
-    np.testing.assert_allclose(values[0], values[1], atol=1e-5)
-    np.testing.assert_allclose(values[0], values[2], atol=1e-5)
-
-
-def test_a_damaged_feature_file_is_made_again(tiled):
+def test_a_file_says_how_it_was_made(tiled):
     layout, cohort = tiled
     done = run_extract(_study(layout), cohort, layout)
-    path = done.sets["colour"].folder / "s0.h5"
-    before = content_digest(path)
+    attrs = open_features(done.sets["main"].folder / "s2.h5").attrs
+    assert attrs["effective_mpp"] == pytest.approx(0.5)
+    assert (attrs["slide_id"], attrs["tile_px"], attrs["encoder"]) == ("s2", 64, ENCODER)
+    assert attrs["store_fingerprint"] == open_tiles(layout.store("s2")).fingerprint
+    assert attrs["recipe_precision"] == "fp32"
+    assert attrs["recipe_hash"].startswith(done.sets["main"].folder.name[-8:])
+    assert {"version_torch", "version_timm", "version_pathfm", "recipe_weights_sha256", "tile_side_level0"} <= set(attrs)
+    text = " ".join(str(value) for value in attrs.values())
+    assert str(layout.out) not in text
+
+
+WAYS = {
+    "batches of 1": ["compute.batch_size=1"],
+    "batches of 8": ["compute.batch_size=8"],
+    "batches of 64": ["compute.batch_size=64"],
+    "one thread": ["compute.threads=1"],
+    "three threads": ["compute.threads=3"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_how_the_work_is_done_changes_no_byte(tiled, fresh, way):
+    layout, cohort = tiled
+    run_extract(_study(layout), cohort, layout)
+    run_extract(_study(fresh[0], *WAYS[way]), *reversed(fresh))
+    assert files(fresh[0]) == files(layout)
+
+
+def test_neither_order_nor_shards_change_a_byte(tiled, fresh):
+    layout, cohort = tiled
+    run_extract(_study(layout), cohort, layout)
+    backwards = Cohort(tuple(reversed(cohort.rows)))
+    for shard in ("2/2", "1/2"):
+        done = run_extract(_study(fresh[0], f"compute.shard={shard}"), backwards, fresh[0])
+        assert len(done.report.outcomes) == (3 if shard == "1/2" else 2)
+    assert files(fresh[0]) == files(layout)
+
+
+def test_half_precision_too_does_not_depend_on_batches(tiled, fresh):
+    layout, cohort = fresh
+    run_extract(_study(layout, "extract.precision=bf16", "extract.min_fidelity=0", "compute.batch_size=8"), cohort, layout)
+    first = files(layout)
+    for path in layout.out.glob("features/*/*/*.h5"):
+        path.unlink()
+    run_extract(_study(layout, "extract.precision=bf16", "extract.min_fidelity=0", "compute.batch_size=40"), cohort, layout)
+    assert files(layout) == first
+
+
+def test_features_follow_their_tile(fresh):
+    """A planted tile: wherever it lies, its row has its feature and its place."""
+    layout, _ = fresh
+    other = Layout(layout.out, "64px-0.5mpp-planted")
+    rng = np.random.default_rng(1)
+    planted = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    rows = []
+    for slide, place in (("a", 3), ("b", 17)):
+        tiles = np.full((20, 64, 64, 3), 200, dtype=np.uint8)
+        tiles[place] = planted
+        write_tiles(other.store(slide), tiles, slide_id=slide, codec="zstd")
+        rows.append(SlideRow(slide, layout.out / slide))
+    done = run_extract(_study(other), Cohort(tuple(rows)), other)
+    expected = load_encoder(ENCODER, ExtractSettings(precision="fp32", input_px=64), CPU)(planted[None])[0]
+    for slide, place in (("a", 3), ("b", 17)):
+        file = open_features(done.sets["main"].folder / f"{slide}.h5")
+        near = np.abs(file.features - expected).max(axis=1) < 1e-5
+        assert np.flatnonzero(near).tolist() == [place]
+        np.testing.assert_array_equal(file.coords[place], open_tiles(other.store(slide)).xy_level0[place])
+
+
+def _cut(path):
     path.write_bytes(path.read_bytes()[:200])
+
+
+def _cut_a_little(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _nan(path):
+    with h5py.File(path, "r+") as file:
+        file["features"][...] = np.nan
+
+
+def _foreign(path):
+    with h5py.File(path, "w") as file:
+        file["features"], file["coords"] = np.zeros((5, 192)), np.zeros((5, 2))
+
+
+def _another_length(path):
+    with h5py.File(path, "r+") as file:
+        rows = file["features"].shape[0]
+        del file["features"]
+        file["features"] = np.zeros((rows, 7), dtype=np.float32)
+
+
+@pytest.mark.parametrize("harm", [_cut, _cut_a_little, _nan, _foreign, _another_length])
+def test_a_harmed_feature_file_is_made_again(fresh, harm):
+    layout, cohort = fresh
+    done = run_extract(_study(layout), cohort, layout)
+    before = files(layout)
+    harm(done.sets["main"].folder / "s0.h5")
+    harm(done.sets["colour"].folder / "s1.h5")
     again = run_extract(_study(layout), cohort, layout)
-    assert [outcome.status for outcome in again.report.outcomes][:2] == ["done", "kept"]
-    assert content_digest(path) == before
+    assert [outcome.status for outcome in again.report.outcomes][:4] == ["done", "done", "kept", "kept"]
+    assert files(layout) == before
 
 
-def test_features_equal_plain_timm():
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0).eval()
-    tiles = np.random.default_rng(0).integers(0, 255, (2, 224, 224, 3), dtype=np.uint8)
-    images = (torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-    with torch.inference_mode():
-        tokens = model.forward_features(images)
-    wanted = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1).numpy()
-    np.testing.assert_allclose(load_encoder(ENCODER, ExtractSettings(), CPU)(tiles), wanted, atol=1e-5)
+def test_a_damaged_store_fails_its_slide_alone(fresh, tmp_path):
+    layout, cohort = fresh
+    other = Layout(tmp_path / "harmed", layout.spec)
+    for row in cohort.rows[:4]:
+        store = open_tiles(layout.store(row.slide_id))
+        write_tiles(other.store(row.slide_id), store.read(range(len(store))), slide_id=row.slide_id, codec="zstd")
+    shard = next((other.store("s2") / "tiles").rglob("0/0/0/0"))
+    shard.write_bytes(b"\0" * 40 + shard.read_bytes()[40:])
+    done = run_extract(_study(other), cohort, other)
+    assert statuses(done) == {"s0": "done", "s1": "done", "s2": "failed", "s3": "done", "untiled": "failed"}
+    assert "damaged" in done.report.outcomes[2].reason
+    assert not list(other.out.glob("features/*/*/*s2*"))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
-def test_nets_that_are_no_plain_vit_are_averaged(name):
-    encoder = load_encoder(f"untrained:{name}", ExtractSettings(input_px=224), CPU)
-    features = encoder(np.zeros((2, 64, 64, 3), dtype=np.uint8))
-    assert features.shape == (2, encoder.recipe.dim)
-    assert encoder.recipe.pooling == "average"
+def test_a_full_disk_is_said_and_the_next_run_goes_on(fresh, monkeypatch):
+    layout, cohort = fresh
+    from pathfm.extract import stage
 
+    class Full(stage.FeatureWriter):
+        def write(self, start, rows, valid=None):
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError as error:
+                raise StoreError("the disk is full", fix="free some space") from error
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("magic", "unknown encoder"),
-        ("timm:vit_small_patch99", "did you mean"),
-        ("local-dir:/nowhere", "config.json is missing"),
-        ("untrained:nonsense", "no model"),
-    ],
-)
-def test_an_encoder_that_is_not_there_is_named(name, said):
-    with pytest.raises(UsageError, match=said):
-        load_encoder(name, ExtractSettings(), CPU)
-
-
-def test_another_input_side_works_for_every_kind_and_keeps_the_weights():
-    for name, side in (("vit_tiny_patch16_224", 64), ("resnet10t", 50), ("swin_tiny_patch4_window7_224", 112)):
-        encoder = load_encoder(f"untrained:{name}", ExtractSettings(input_px=side), CPU)
-        assert encoder(np.zeros((1, 64, 64, 3), dtype=np.uint8)).shape == (1, encoder.recipe.dim)
-    whole, half = (load_encoder(ENCODER, ExtractSettings(input_px=side), CPU).recipe for side in (224, 112))
-    assert whole.weights_sha256 == half.weights_sha256
-
-
-def test_an_input_side_of_broken_patches_is_refused():
-    with pytest.raises(UsageError, match="not a whole number of the encoder's patches"):
-        load_encoder(ENCODER, ExtractSettings(input_px=50), CPU)
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "FeatureWriter", Full)
+        done = run_extract(_study(layout, "compute.batch_size=1"), cohort, layout)
+    assert set(statuses(done).values()) == {"failed"}
+    assert all("the disk is full (free some space)" in outcome.reason for outcome in done.report.outcomes[:4])
+    assert not files(layout)
+    assert list(statuses(run_extract(_study(layout), cohort, layout)).values()) == ["done"] * 4 + ["failed"]
+    assert not list(layout.out.glob("features/*/*/.*"))
 
 
 def test_tiles_that_are_stale_are_not_used(tiled):
     layout, cohort = tiled
     done = run_extract(_study(layout), cohort, layout, stale_tiles={"s1"})
-    assert {outcome.slide_id: outcome.status for outcome in done.report.outcomes}["s1"] == "failed"
+    assert statuses(done)["s1"] == "failed"
+
+
+def test_several_processes_make_the_same_files(tiled, fresh):
+    layout, cohort = tiled
+    run_extract(_study(layout), cohort, layout)
+    done = run_extract(_study(fresh[0], "compute.devices=2", "compute.device=cpu"), cohort, fresh[0])
+    assert statuses(done) == {**{f"s{number}": "done" for number in range(len(COUNTS))}, "untiled": "failed"}
+    assert [outcome.slide_id for outcome in done.report.outcomes] == [row.slide_id for row in cohort.rows]
+    assert files(fresh[0]) == files(layout)
+
+
+def test_what_the_encoder_sees_is_said_and_a_wrong_scale_refused(fresh, capsys):
+    layout, cohort = fresh
+    run_extract(_study(layout), cohort, layout)
+    assert "0.5" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="mpp"):
+        run_extract(_study(layout, "extract.encoder=untrained:lunit-s8", "extract.input_px=null"), cohort, layout)
+
+
+def test_dense_features_and_slide_vectors_come_with_the_features(fresh):
+    layout, cohort = fresh
+    settings = ("extract.dense=true", "extract.slide_vectors=[mean, max]", "extract.pooling=mean")
+    done = run_extract(_study(layout, *settings), cohort, layout)
+    main = done.sets["main"].folder
+    for number, count in enumerate(COUNTS):
+        dense, features = open_dense(done.sets["dense"].folder / f"s{number}.zarr"), open_features(main / f"s{number}.h5")
+        assert (len(dense), dense.grid, dense.dim) == (count, (4, 4), 192)
+        np.testing.assert_allclose(dense.read(range(count)).mean(axis=(1, 2)), features.features, atol=1e-4)
+        np.testing.assert_array_equal(dense.coords, features.coords)
+    assert {path.name for path in (main / "slides").iterdir()} >= {"mean", "max"}
+    again = run_extract(_study(layout, *settings), cohort, layout)
+    assert list(statuses(again).values()) == ["kept"] * 4 + ["failed"]
+
+
+def test_events_tell_of_every_slide(fresh):
+    layout, cohort = fresh
+    done = run_extract(_study(layout), cohort, layout)
+    (path,) = done.sets["main"].folder.glob("events-*.jsonl")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [event["kind"] for event in events if not event["kind"].startswith("slide")] == ["run_started", "run_ended"]
+    assert {event["slide_id"] for event in events if event["kind"] == "slide_done"} == {"s0", "s1", "s2", "s3"}

@@ -106,6 +106,19 @@ def test_the_encoder_folder_names_no_slide_and_no_patient(pretrained, cohort_tab
         assert row["slide_id"] not in text and row["patient_id"] not in text
 
 
+def test_the_control_has_seen_what_its_first_weights_have_and_nothing_else(pretrained, newcomers, tmp_path):
+    teacher, table = teacher_of(pretrained), newcomers.cohort.table
+    continued = study_of(tmp_path / "init", table, f"pretrain.init=local-dir:{teacher}")
+    distilled = study_of(tmp_path / "distill", table, "pretrain.preset=distill", f"pretrain.teacher=local-dir:{teacher}")
+    inherited = (teacher / MANIFEST).read_text().splitlines()
+    for study in (continued, distilled):
+        shutil.copytree(newcomers.out / "tiles", study.out / "tiles")
+        workflow.pretrain(study)
+        assert set(inherited) < set((teacher_of(study) / MANIFEST).read_text().splitlines())
+    assert (teacher_of(continued).parent / "untrained" / MANIFEST).read_text().splitlines() == inherited
+    assert not (teacher_of(distilled).parent / "untrained" / MANIFEST).exists()
+
+
 def test_held_out_patients_take_no_part_in_pretraining(pretrained, tmp_path, cohort_table):
     study = study_of(tmp_path / "exclude", cohort_table, "mil.seen_in_pretraining=exclude")
     shutil.copytree(pretrained.out / "tiles", study.out / "tiles")

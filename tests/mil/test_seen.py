@@ -106,6 +106,27 @@ def test_mark_says_transductive_of_what_rests_on_the_encoder_and_of_nothing_else
     assert len(table(inputs.mil_dir / "seen.csv")) == 6
 
 
+def test_the_untrained_control_of_a_run_with_first_weights_is_marked_for_what_these_have_seen(small, tmp_path):
+    def marked(place):
+        inputs = replace(small.into(f"{place.parent.name}-judged"), encoder_dir=place)
+        run_mil(small.study(seen_in_pretraining="mark", controls=True), small.cohort, inputs)
+        return metrics(inputs)
+
+    everyone = [row.slide_id for row in small.cohort.rows]
+    for name in ("scratch", "init"):
+        (tmp_path / name).mkdir()
+        encoder_that_saw(tmp_path / name / "teacher", small, everyone)
+    (tmp_path / "scratch/untrained").mkdir()
+    encoder_that_saw(tmp_path / "init/untrained", small, slides_of(small, "p001", "p002", "p003"))
+    scratch, init = (marked(tmp_path / name / "teacher") for name in ("scratch", "init"))
+    assert not scratch["models"]["untrained encoder"]["transductive"]
+    assert not any("untrained encoder" in note for note in scratch["notes"])
+    shares = {name: model["patients_seen_share"] for name, model in init["models"].items() if model["transductive"]}
+    assert shares == {"pretrained encoder": 1, "shuffled labels": 1, "untrained encoder": 0.125}
+    said = "the untrained encoder has the weights of pretrain.init, which were pretrained on slides of 3 of 24 patients (12%)"
+    assert said in init["notes"]
+
+
 def test_exclude_judges_only_patients_an_external_encoder_has_not_seen(small, tmp_path):
     encoder = encoder_that_saw(tmp_path / "teacher", small, slides_of(small, "p001", "p002", "p003"))
     inputs = small.into("excluded")

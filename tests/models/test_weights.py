@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +206,7 @@ def test_timm_weights_come_with_a_hash(monkeypatch):
     monkeypatch.setattr(
         timm, "create_model", lambda name, **options: source if options.get("pretrained") else created(name, **options)
     )
+    monkeypatch.setattr("pathfm.models.timm_networks.hub_file", lambda hub_id, names, encoder: Path("hub") / names[0])
     net = backbone(224, patch_px=16, layer_scale=0)
     found = load_initial(net, "timm:vit_tiny_patch16_224.augreg_in21k")
     assert found["source"] == "timm:vit_tiny_patch16_224.augreg_in21k" and len(found["weights_sha256"]) == 64

@@ -138,6 +138,7 @@ def make_inputs(tmp_path: Path) -> MakeInputs:
             mil_dir=out / "mil",
             encoder_dir=out / "encoder",
             stores_dir=out / "tiles",
+            features_dir=out / "features",
             records=records(home),
             fingerprint="f" * 64,
             cohort=cohort(home),

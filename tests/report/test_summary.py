@@ -69,6 +69,19 @@ def test_every_number_that_rests_on_a_seen_encoder_says_transductive(tmp_path: P
     assert [line.split()[0] for line in lines] == ["AUROC", "balanced", "localisation", "control"]
 
 
+def test_a_control_that_has_seen_fewer_patients_says_its_own_share(tmp_path: Path) -> None:
+    folder = transductive(tmp_path / "mil")
+    content = json.loads((folder / "metrics.json").read_text())
+    content["models"]["untrained encoder"] |= {"transductive": True, "patients_seen_share": 0.25}
+    content["models"]["tile count"] |= {"transductive": False, "patients_seen_share": 0.0}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    summary = summarise("x", "f", slide_fates(cohort(tmp_path), records(tmp_path), "diagnosis"), read_mil(folder))
+    said = {line.partition(": ")[0]: line.partition("transductive: ")[2] for line in key_numbers(summary)}
+    assert said["control untrained encoder"] == "25% of patients seen in pretraining"
+    assert said["control shuffled labels"] == "50% of patients seen in pretraining"
+    assert said["control tile count"] == ""
+
+
 def test_results_without_a_word_about_pretraining_claim_nothing(tmp_path: Path) -> None:
     write_mil(tmp_path / "mil")
     fates = slide_fates(cohort(tmp_path), records(tmp_path), "diagnosis")

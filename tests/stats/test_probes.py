@@ -6,6 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from pathfm.errors import UsageError
 from pathfm.stats import probes
@@ -62,6 +63,22 @@ def test_the_penalty_is_chosen_on_training_groups_only(monkeypatch):
         assert not parts[0] & parts[1]
     test_rows = {row.tobytes() for row in features[96:]}
     assert not any(row.tobytes() in test_rows for fit, held in seen[:-1] for row in (*fit, *held))
+
+
+def test_the_linear_probe_multiplies_in_one_thread(monkeypatch):
+    """With several, threads wait for each other in thousands of tiny products: minutes for what takes a second."""
+    features, label, group = sample()
+    fitted, used = probes._fitted_scores, set()
+
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    monkeypatch.setattr(probes, "_fitted_scores", lambda *given: used.update(threads()) or fitted(*given))
+    with threadpool_limits(2, user_api="blas"):
+        before = threads()
+        probes.linear_scores(features, label, group, features, 2)
+        assert threads() == before, "what other code may use is as it was"
+    assert used == {1}
 
 
 def test_a_class_missing_in_training_gets_no_probability():

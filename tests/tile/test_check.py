@@ -140,7 +140,7 @@ def test_a_folder_of_tiles_that_would_be_refused(tmp_path):
     Image.new("RGB", (48, 64)).save(tmp_path / "1.png")
     row = SlideRow("a", tmp_path)
     assert examine(row, TileSettings(tile_px=64)).problem == "tiles are 48 x 64 px, not 64 (set tile.tile_px=48)"
-    assert "no slide to stay in" in examine(row, TileSettings(tile_px=48, codec="none")).problem
+    assert "taken as they are" in examine(row, TileSettings(tile_px=48, keep_px=64)).problem
     Image.new("RGB", (64, 64)).save(tmp_path / "2.png")
     assert not examine(row, TileSettings(tile_px=64)).problem
 

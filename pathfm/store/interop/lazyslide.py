@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import zarr
 from pathfm.errors import MissingExtraError
 from pathfm.geometry import Size
 from pathfm.store.interop.foreign import ForeignTiles, UnfitError, needed, positive, whole
+from pathfm.store.interop.foreign_features import ForeignFeatures, tile_features
 
 TILES = "tiles"
 """The key that LazySlide gives tiles by default."""
@@ -26,8 +28,8 @@ UNEQUAL_PX = 1.0
 """Sides of tiles may differ by this much from rounding [level-0 px]."""
 
 
-def read_lazyslide(path: Path) -> ForeignTiles:
-    """Tiles of LazySlide: those under the key ``tiles``, or the only ones there are.
+def read_lazyslide(path: Path, key: str | None = None) -> ForeignTiles:
+    """Tiles of LazySlide: those under ``key``, by default those under ``tiles``, or the only ones there are.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
@@ -35,11 +37,12 @@ def read_lazyslide(path: Path) -> ForeignTiles:
     """
     attrs: Mapping[str, Any] = dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
     specs = attrs["tile_spec"]
-    key = TILES if TILES in specs else min(specs)
-    if key != TILES and len(specs) > 1:
-        raise UnfitError(f"several sets of tiles, and none is called {TILES}")
+    if key is None:
+        key = TILES if TILES in specs else min(specs)
+        if key != TILES and len(specs) > 1:
+            raise UnfitError(f"several sets of tiles, and none is called {TILES}")
     spec, slide = specs[key], attrs["slide_properties"]
-    boxes = _boxes(_geometries(path / "shapes" / key / "shapes.parquet"))
+    boxes = _boxes(_column(_shapes(path, key), "geometry"))
     side, tile_px, mpp = _side(boxes, spec), positive(spec, "width"), positive(slide, "mpp")
     height, width = slide["shape"]
     return ForeignTiles(
@@ -52,12 +55,53 @@ def read_lazyslide(path: Path) -> ForeignTiles:
     )
 
 
-def _geometries(path: Path) -> Sequence[bytes]:
+def read_lazyslide_features(path: Path, encoder: str | None = None) -> ForeignFeatures:
+    """Features of LazySlide: of ``encoder``, or the only ones there are, each with the tile that its table names.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        UnfitError, OSError, KeyError, ValueError, RuntimeError: not such a store, or damaged.
+    """
+    tables = _groups(path / "tables")
+    encoders = {name.removesuffix(f"_{table.attrs.get('region')}"): table for name, table in tables.items()}
+    name = encoder or (next(iter(encoders)) if len(encoders) == 1 else "")
+    if name not in encoders:
+        raise UnfitError(f"features of {len(encoders)} encoders, wanted: one of {', '.join(encoders) or 'none'}")
+    key, join = str(encoders[name].attrs["region"]), str(encoders[name].attrs["instance_key"])
+    tiles, values, wanted = read_lazyslide(path, key), _array(encoders[name], "X"), _array(encoders[name], f"obs/{join}")
+    ids = np.asarray(_column(_shapes(path, key), join))
+    order = np.argsort(ids, kind="stable")
+    rows = order[np.searchsorted(ids, wanted, sorter=order).clip(0, max(len(ids) - 1, 0))]
+    if not np.array_equal(ids[rows], wanted):
+        raise UnfitError("features of tiles that the store does not have")
+    return tile_features(values, replace(tiles, xy_level0=tiles.xy_level0[rows]), name)
+
+
+def _groups(folder: Path) -> dict[str, zarr.Group]:
+    """The tables with features, by name."""
+    if not folder.is_dir():
+        return {}
+    found = {name: zarr.open_group(folder / name, mode="r") for name in zarr.open_group(folder, mode="r").group_keys()}
+    return {name: found[name] for name in sorted(found) if "X" in found[name]}
+
+
+def _array(table: zarr.Group, name: str) -> npt.NDArray[Any]:
+    array = table[name]
+    if not isinstance(array, zarr.Array):
+        raise UnfitError("features that are sparse")
+    return np.asarray(array[:])
+
+
+def _shapes(path: Path, key: str) -> Path:
+    return path / "shapes" / key / "shapes.parquet"
+
+
+def _column(path: Path, name: str) -> Sequence[Any]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise MissingExtraError("LazySlide keeps tiles as GeoParquet, and pyarrow is not installed", extra="interop") from error
-    rows: list[bytes] = parquet.ParquetFile(path).read(columns=["geometry"]).column("geometry").to_pylist()
+    rows: list[Any] = parquet.ParquetFile(path).read(columns=[name]).column(name).to_pylist()
     return rows
 
 

@@ -1,0 +1,187 @@
+"""What is to be extracted: the encoder of the study and its controls, each with its recipe and its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pathfm.config import fingerprint
+from pathfm.errors import StoreError
+from pathfm.extract.colour import LEVELS, colour_histogram
+from pathfm.extract.stream import DeviceEncode
+from pathfm.extract.tiles import HostEncode
+from pathfm.models.cards import find_card
+from pathfm.models.encoders import TileEncoder, effective_mpp, load_encoder
+from pathfm.store.dense_store import read_dense_attrs
+from pathfm.store.feature_file import read_feature_attrs
+from pathfm.store.layout import Layout
+from pathfm.store.record import library_versions
+from pathfm.store.tile_store import TileStore
+from pathfm.study import ExtractSettings, Study
+
+VERSION = 2
+"""Raised whenever the features of the same tiles change."""
+COLOUR = "colour-histogram"
+MAIN, UNTRAINED, COLOURS, DENSE = "main", "untrained", "colour", "dense"
+LIBRARIES = ("pathfm", "torch", "timm")
+"""Whose versions every feature file names."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """One kind of features of a run and where they go.
+
+    Attributes:
+        role: main, untrained, colour or dense.
+        name: what reports call it.
+        recipe: everything that decides the features, for the attributes and the fingerprint.
+        folder: its files, one per slide.
+    """
+
+    role: str
+    name: str
+    recipe: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def digest(self) -> str:
+        """Hash of the recipe."""
+        return fingerprint({"version": VERSION, "recipe": dict(self.recipe)})
+
+    def path(self, slide_id: str) -> Path:
+        """The features of a slide."""
+        return self.folder / f"{slide_id}{'.zarr' if self.role == DENSE else '.h5'}"
+
+    def fingerprint(self, store: TileStore) -> str:
+        """What the features of a slide depend on."""
+        return fingerprint({"version": VERSION, "recipe": dict(self.recipe), "store": store.fingerprint})
+
+    def is_current(self, store: TileStore) -> bool:
+        """Whether the features of these tiles are there, whole, and what would be made now."""
+        read = read_dense_attrs if self.role == DENSE else read_feature_attrs
+        attrs = read(self.path(store.slide_id))
+        return attrs is not None and attrs.get("fingerprint") == self.fingerprint(store)
+
+    def attributes(self, store: TileStore) -> dict[str, str | int | float | bool]:
+        """What a file says of its features besides them; specified in ``docs/feature-file.md``."""
+        mpp, input_px = store.mpp, int(self.recipe.get("input_px", store.tile_px))
+        seen = effective_mpp(mpp, store.tile_px, int(self.recipe.get("resize_px", input_px)))
+        unknown = float("nan")
+        return {
+            "slide_id": store.slide_id,
+            "encoder": self.name,
+            "recipe_hash": self.digest,
+            "fingerprint": self.fingerprint(store),
+            "store_fingerprint": store.fingerprint,
+            "tile_px": store.tile_px,
+            "tile_side_level0": store.tile_sides_level0[0],
+            "tile_height_level0": store.tile_sides_level0[1],
+            "slide_width_level0": store.size_level0.width,
+            "slide_height_level0": store.size_level0.height,
+            "mpp": unknown if mpp is None else mpp,
+            "effective_mpp": unknown if seen is None else seen,
+            "coords_synthetic": store.coords_synthetic,
+            **{f"version_{name}": version for name, version in library_versions().items() if name in LIBRARIES},
+            **{f"recipe_{key}": _plain(value) for key, value in self.recipe.items()},
+        }
+
+
+def _plain(value: object) -> str | int | float | bool:
+    return value if isinstance(value, (str, int, float, bool)) else str(value)
+
+
+@dataclass(frozen=True)
+class FeatureSets:
+    """All features of a run.
+
+    Attributes:
+        sets: numbered from 0; the main one is the first.
+        device: by number, what computes those that a device computes.
+        host: by number, length and function of those that the decoding threads compute.
+        main: the study's encoder.
+    """
+
+    sets: tuple[FeatureSet, ...]
+    main: TileEncoder
+    device: Mapping[int, DeviceEncode] = field(default_factory=dict)
+    host: Mapping[int, tuple[int, HostEncode]] = field(default_factory=dict)
+
+    def stale(self, store: TileStore) -> tuple[int, ...]:
+        """Numbers of the sets that are to be made of these tiles."""
+        return tuple(number for number, features in enumerate(self.sets) if not features.is_current(store))
+
+    @property
+    def by_role(self) -> dict[str, FeatureSet]:
+        """The sets by what they are for."""
+        return {features.role: features for features in self.sets}
+
+
+def load_sets(study: Study, layout: Layout, own: Path | None, device: torch.device) -> FeatureSets:
+    """Loads the encoders.
+
+    Args:
+        study: all settings.
+        layout: where features go.
+        own: folder of the study's own encoder, for ``extract.encoder=pretrained``.
+        device: where encoders run.
+
+    Raises:
+        UsageError: no such encoder, or its weights are not to be had here.
+        StoreError: the study has no encoder of its own yet.
+    """
+    settings = study.extract
+    make = partial(_feature_set, layout=layout, dtype=settings.dtype)
+    sets: list[FeatureSet] = []
+    encoders: dict[str, TileEncoder] = {}
+    for role, (label, name) in _encoder_names(settings, own).items():
+        plain = settings if role == MAIN else settings.model_copy(update={"weights": None, "merge_tokens": 0.0})
+        encoders[role] = load_encoder(name, plain, device, compiled=study.compute.compile)
+        sets.append(make(role, label, {**asdict(encoders[role].recipe), "encoder": label}))
+    on_device: dict[int, DeviceEncode] = {number: encoder.features for number, encoder in enumerate(encoders.values())}
+    if settings.dense:
+        on_device[len(sets)] = encoders[MAIN].dense
+        sets.append(make(DENSE, sets[0].name, {**sets[0].recipe, "pooling": "none"}))
+    host: dict[int, tuple[int, HostEncode]] = {}
+    if settings.controls:
+        host[len(sets)] = LEVELS**3, colour_histogram
+        sets.append(make(COLOURS, COLOUR, {"encoder": COLOUR, "dim": LEVELS**3}))
+    return FeatureSets(tuple(sets), encoders[MAIN], on_device, host)
+
+
+def _feature_set(role: str, name: str, recipe: Mapping[str, Any], layout: Layout, dtype: str) -> FeatureSet:
+    whole = {**recipe, "dtype": dtype}
+    digest = fingerprint({"version": VERSION, "recipe": whole})
+    return FeatureSet(role, name, whole, layout.features(f"{name}{'-dense' if role == DENSE else ''}", digest))
+
+
+def _encoder_names(settings: ExtractSettings, own: Path | None) -> dict[str, tuple[str, str]]:
+    """By role: what folders and reports call the encoder, and the name it is loaded by."""
+    scheme, _, rest = settings.encoder.partition(":")
+    if settings.encoder != "pretrained":
+        # A folder is named without its path: where it lies is nobody's business, and its weights are hashed anyway.
+        label = f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else settings.encoder
+        names = {MAIN: (label, settings.encoder)}
+        if settings.controls and (untrained := _untrained_name(settings.encoder)):
+            names[UNTRAINED] = (untrained, untrained)
+        return names
+    if own is None or not (own / "teacher" / "config.json").is_file():
+        raise StoreError(
+            "the study has no encoder yet", where=str(own or ""), fix="run `pathfm pretrain`, or set extract.encoder=timm:NAME"
+        )
+    names = {MAIN: ("pretrained", f"local-dir:{own / 'teacher'}")}
+    if settings.controls:
+        names[UNTRAINED] = ("untrained", f"local-dir:{own / 'untrained'}")
+    return names
+
+
+def _untrained_name(encoder: str) -> str:
+    """The same network without its training; empty where it cannot be built without its weights."""
+    if encoder.startswith("timm:"):
+        return encoder.replace("timm:", "untrained:", 1)
+    card = find_card(encoder)
+    return f"untrained:{encoder}" if card is not None and card.loader == "timm" else ""

@@ -1,0 +1,67 @@
+"""What surrounds the extract stage: slides that were never tiled, and stores that leave their pixels in the slides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pathfm.errors import UsageError
+from pathfm.store.cohort import SlideRow
+from pathfm.store.tile_store import TileStore
+from pathfm.study import Study, TileSettings
+from pathfm.workers import usable_cores
+from pathfm.workflow import STUDY_SUFFIXES, Run, open_study, own_encoder, stores_of, study_from_sources
+
+if TYPE_CHECKING:
+    from pathfm.extract.stage import Extraction
+
+
+def study_for_extraction(sources: Sequence[str], overrides: Sequence[str]) -> tuple[Study, bool]:
+    """The study that ``pathfm extract SOURCES`` means, and whether its slides are to be tiled first.
+
+    Slides and tables, unlike a study or an output folder, are tiled as the encoder wants them, and their pixels are not kept.
+
+    Raises:
+        UsageError: slides without an encoder or an output folder.
+    """
+    if len(sources) == 1 and (Path(sources[0]).suffix.lower() in STUDY_SUFFIXES or (Path(sources[0]) / "study.yaml").is_file()):
+        return open_study(Path(sources[0]), overrides), False
+    given = dict(override.partition("=")[::2] for override in overrides)
+    if given.get("extract.encoder", "pretrained") == "pretrained":
+        raise UsageError(
+            "slides need an encoder", where="extract.encoder", fix="add --encoder NAME (`pathfm encoders` lists them)"
+        )
+    if not (Path(given.get("out", "")) / "study.yaml").is_file():
+        from pathfm.models.cards import find_card
+
+        card, wanted = find_card(given["extract.encoder"]), {"tile.codec": "none"}
+        if card is not None and card.tile_px and card.mpp:
+            wanted |= {"tile.tile_px": str(card.tile_px), "tile.mpp": str(card.mpp[0])}
+        overrides = [*(f"{name}={value}" for name, value in wanted.items() if name not in given), *overrides]
+    return study_from_sources(sources, overrides), True
+
+
+def run_extraction(run: Run) -> Extraction:
+    """The extract stage on up-to-date stores, noted."""
+    from pathfm.extract.stage import run_extract
+
+    stores_of(run)
+    rows = {row.slide_id: row for row in run.cohort.rows}
+    pixels_of = partial(_slide_pixels, rows, run.study.tile, run.study.compute.threads or usable_cores())
+    extraction = run_extract(run.study, run.cohort, run.layout, own_encoder(run), run.stale, pixels_of)
+    run.note(extraction.report)
+    return extraction
+
+
+def _slide_pixels(
+    rows: Mapping[str, SlideRow], settings: TileSettings, threads: int, store: TileStore
+) -> Iterator[npt.NDArray[np.uint8] | None]:
+    """Tiles of a store without pixels, read from its slide."""
+    from pathfm.tile.pixels import slide_pixels
+
+    return slide_pixels(rows[store.slide_id], settings, store, threads)
