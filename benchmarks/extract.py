@@ -37,9 +37,9 @@ from pathfm.models.encoders import TileEncoder, load_encoder
 from pathfm.workflow import begin, open_study
 
 MPP, SMALL = 0.5, Size(4096, 3584)
-LARGE = {"quick": Size(8192, 4096), "cpu": Size(16_384, 8192), "cuda": Size(49_152, 40_960)}
+LARGE = {"quick": Size(8192, 4096), "cpu": Size(8192, 8192), "cuda": Size(49_152, 40_960)}
 """A slide of some fifty tiles, and one of more."""
-SMALL_SLIDES = {"quick": 2, "cpu": 9, "cuda": 200}
+SMALL_SLIDES = {"quick": 2, "cpu": 5, "cuda": 200}
 QUICK_BATCH = 16
 PREPARED = 4
 """Batches that lie ready."""

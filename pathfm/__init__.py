@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _NOTEBOOK = {
     "TileDataset": "pathfm.models.dataset",
     "open_features": "pathfm.store.feature_file",
+    "read_features": "pathfm.store.interop.features",
     "open_slide": "pathfm.slides.reader",
     "open_tiles": "pathfm.store.tile_store",
 }

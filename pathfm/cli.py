@@ -259,11 +259,12 @@ def export_features(
     source: Annotated[Path, typer.Argument(help="A study file, an output folder, a folder of feature files, or one file.")],
     out: Annotated[Path, typer.Option(help="Where the files go.")],
     format: Annotated[str, typer.Option(help="clam, trident or stamp.")] = "trident",
+    features: FeaturesOption = None,
 ) -> None:
     """Write features as other tools' own extraction would have. Example: pathfm export features out --format clam --out c"""
     from pathfm import feature_export
 
-    _finish(feature_export.export_features(source, out, format))
+    _finish(feature_export.export_features(source, out, format, features or ""))
 
 
 @app.command("map")

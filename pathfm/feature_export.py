@@ -14,7 +14,7 @@ from pathfm.log import say, status, track
 from pathfm.looking import find_features
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import commit_file
-from pathfm.store.export import _new as commit_new
+from pathfm.store.export import commit_new
 from pathfm.store.feature_file import FeatureFile, open_features
 from pathfm.store.interop import feature_writers
 from pathfm.store.record import Outcome, StageReport, read_record

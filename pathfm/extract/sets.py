@@ -86,6 +86,7 @@ class FeatureSet:
             "mpp": unknown if mpp is None else mpp,
             "effective_mpp": unknown if seen is None else seen,
             "coords_synthetic": store.coords_synthetic,
+            **({"objective": float(store.attrs["objective"])} if store.attrs.get("objective") else {}),
             **{f"version_{name}": version for name, version in library_versions().items() if name in LIBRARIES},
             **{f"recipe_{key}": _plain(value) for key, value in self.recipe.items()},
         }

@@ -49,6 +49,10 @@ def read_slide(path: Path) -> SlideFeatures:
     file = open_features(path)
     if not np.isfinite(file.features).all():
         raise StoreError("features hold NaN or infinity", where=str(path), fix="delete it and run `pathfm extract` again")
+    if not file.valid.all():
+        unread = int((~file.valid).sum())
+        fix = "tile the slide with tile.filters.measure=true, which leaves them out"
+        raise StoreError(f"{unread} of its tiles could not be read", where=str(path), fix=fix)
     digest = hashlib.sha256(file.features.tobytes())
     digest.update(f"{file.features.dtype}{file.features.shape}".encode())
     return SlideFeatures(path.stem, file.features, file.coords, encoder_identity(file.attrs), digest.hexdigest())
@@ -58,7 +62,8 @@ def encoder_identity(attrs: Mapping[str, object]) -> dict[str, str]:
     """What must agree before features of two files are mixed: the recipe, with the weights' hash in place of their name."""
     recipe = {name: str(value) for name, value in attrs.items() if name.startswith("recipe_")}
     if "recipe_weights_sha256" in recipe:
-        recipe.pop("recipe_encoder", None)  # a folder's name may differ between machines
+        for name in ("recipe_encoder", "recipe_card", "recipe_hash"):  # a folder's name may differ between machines
+            recipe.pop(name, None)
     return recipe
 
 

@@ -56,7 +56,7 @@ def linear_scores(
     Raises:
         ValueError: the training labels are of one class only.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     train, label = np.asarray(train_ND, dtype=np.float64), np.asarray(label_N)
     # A fit is thousands of tiny products. Threads that share one wait for each other: a hundred times as long on busy cores.

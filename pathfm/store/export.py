@@ -101,7 +101,7 @@ class _IsThere(Exception):
 
 
 @contextmanager
-def _new(commit: Callable[[Path], AbstractContextManager[Path]], path: Path) -> Iterator[Path]:
+def commit_new(commit: Callable[[Path], AbstractContextManager[Path]], path: Path) -> Iterator[Path]:
     """As ``commit``, but touches nothing that is there: the same content is left as it is, anything else is refused."""
     with suppress(_IsThere), commit(path) as temporary:
         yield temporary
@@ -145,7 +145,7 @@ def _write_jpeg(store: TileStore, folder: Path) -> list[Path]:
 def _write_pictures(store: TileStore, folder: Path, ending: str, encode: Callable[[TileStore, int], bytes]) -> list[Path]:
     """A folder of pictures ``<x>_<y>`` with a table of them."""
     taken: dict[str, int] = {}
-    with _new(commit_dir, folder) as temporary, (temporary / TABLE).open("w", encoding="utf-8", newline="") as stream:
+    with commit_new(commit_dir, folder) as temporary, (temporary / TABLE).open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(["file", "x_level0", "y_level0", "side_level0", "mpp", *store.quality_names])
         for index, (x, y) in enumerate(store.xy_level0.tolist()):
@@ -166,7 +166,7 @@ def _write_webdataset(store: TileStore, folder: Path) -> list[Path]:
     written = []
     for start in range(0, len(store), TAR_TILES):
         shard = folder / f"{key}-{start // TAR_TILES:06d}.tar"
-        with _new(commit_file, shard) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        with commit_new(commit_file, shard) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for index in range(start, min(start + TAR_TILES, len(store))):
                 _add(tar, f"{key}_{index:08d}.{ending}", encode(store, index))
                 _add(tar, f"{key}_{index:08d}.json", _facts(store, index))
@@ -199,21 +199,21 @@ def _facts(store: TileStore, index: int) -> bytes:
 
 def _write_clam(store: TileStore, folder: Path) -> list[Path]:
     path = folder / "patches" / f"{store.slide_id}.h5"
-    with _new(commit_file, path) as temporary:
+    with commit_new(commit_file, path) as temporary:
         write_clam(temporary, store)
     return [path]
 
 
 def _write_trident(store: TileStore, folder: Path) -> list[Path]:
     path = folder / "patches" / f"{store.slide_id}_patches.h5"
-    with _new(commit_file, path) as temporary:
+    with commit_new(commit_file, path) as temporary:
         write_trident(temporary, store)
     return [path]
 
 
 def _write_geojson(store: TileStore, folder: Path) -> list[Path]:
     path = folder / f"{store.slide_id}.geojson"
-    with _new(commit_file, path) as temporary:
+    with commit_new(commit_file, path) as temporary:
         mask, scale = store.tissue, store.thumbnail_downsample
         outlines = tissue_geojson(mask, scale, store.slide_id) if mask is not None else iter(())
         write_geojson(temporary, itertools.chain(outlines, tiles_geojson(store)))
