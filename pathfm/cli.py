@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -365,6 +366,8 @@ def main() -> None:
     """Runs the command; every foreseen error is one line and its exit code."""
     from pathfm.errors import ExitCode, PathfmError
 
+    # Before any library reads it: threads that spin while they wait take the cores from those that decode, and from other jobs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PathfmError as error:

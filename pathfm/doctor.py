@@ -22,6 +22,8 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "pipelines": ("snakemake",),
+    "transformers": ("transformers",),
+    "umap": ("umap-learn",),
 }
 """Optional libraries by the extra that installs them."""
 CPU_FEATURES: Mapping[str, str] = {

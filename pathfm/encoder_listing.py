@@ -21,7 +21,8 @@ from pathfm.models.cards import CARDS, EncoderCard
 from pathfm.store.commit import read_json, write_json
 
 Features = npt.NDArray[np.float32]
-CONFIG = "config.json"
+ENCODER_FILES = {"config.json", "model.safetensors", "card.json"}
+"""What a fetched folder holds; whatever holds anything else is left alone."""
 FORMAT = "pathfm-features-1"
 RECORDED = Path(__file__).parent / "models" / "recorded"
 """Features that come with pathfm: of networks whose random weights everybody can make. None is of published weights."""
@@ -79,13 +80,13 @@ def fetch(name: str, out: Path) -> None:
 
     Args:
         name: as in ``extract.encoder``.
-        out: the folder, which is absent, empty or an earlier encoder.
+        out: the folder, which is absent, empty or holds nothing but an earlier encoder.
 
     Raises:
         UsageError: there is no such encoder, its weights are not to be had, or the folder holds something else.
         StoreError: the drive fails.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / CONFIG).is_file())):
+    if out.exists() and not (out.is_dir() and all(_is_replaceable(path) for path in out.iterdir())):
         raise UsageError("there is something else already", where=str(out), fix="name a folder that is absent or empty")
     from pathfm.models.encoder_folders import write_folder
     from pathfm.models.networks import load_network
@@ -96,6 +97,10 @@ def fetch(name: str, out: Path) -> None:
     digest = write_folder(network.model, network.card, out)
     terms = f"; its licence goes with it: {network.card.licence}" if network.card.licence else ""
     say(f"{out}: {network.name}, weights {digest[:12]}{terms}. Use it as local-dir:{out}")
+
+
+def _is_replaceable(path: Path) -> bool:
+    return path.name in ENCODER_FILES and path.is_file()
 
 
 def verify(name: str, against: Path | None = None, record: bool = False) -> ExitCode:
@@ -172,7 +177,7 @@ def _compared(
 ) -> ExitCode:
     # A recipe from a file has lists where it had tuples.
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.items()}
-    names = {"encoder", "card", "weights_sha256"}
+    names = {"encoder", "card", "weights_sha256", "network"}
     other = [
         f"{key} {before.get(key)}, here {value}"
         for key, value in plain.items()

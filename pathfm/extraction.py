@@ -14,7 +14,6 @@ from pathfm.errors import UsageError
 from pathfm.store.cohort import SlideRow
 from pathfm.store.tile_store import TileStore
 from pathfm.study import Study, TileSettings
-from pathfm.workers import usable_cores
 from pathfm.workflow import STUDY_SUFFIXES, Run, open_study, own_encoder, stores_of, study_from_sources
 
 if TYPE_CHECKING:
@@ -52,14 +51,16 @@ def run_extraction(run: Run) -> Extraction:
 
     stores_of(run)
     rows = {row.slide_id: row for row in run.cohort.rows}
-    pixels_of = partial(_slide_pixels, rows, run.study.tile, run.study.compute.threads or usable_cores())
+    pixels_of = partial(_slide_pixels, rows, run.study.tile)
     extraction = run_extract(run.study, run.cohort, run.layout, own_encoder(run), run.stale, pixels_of)
     run.note(extraction.report)
+    if extraction.vectors:
+        run.note(extraction.vectors)
     return extraction
 
 
 def _slide_pixels(
-    rows: Mapping[str, SlideRow], settings: TileSettings, threads: int, store: TileStore
+    rows: Mapping[str, SlideRow], settings: TileSettings, store: TileStore, threads: int
 ) -> Iterator[npt.NDArray[np.uint8] | None]:
     """Tiles of a store without pixels, read from its slide."""
     from pathfm.tile.pixels import slide_pixels

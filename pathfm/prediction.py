@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     from pathfm.mil.seen import Seen
 
 
+ONLY_FEATURES = {"controls": False, "dense": False, "slide_vectors": ()}
+"""What a prediction needs no more than this of an extraction."""
+
+
 def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
     """``pathfm mil predict``: new slides through the tiles, encoder and networks of a trained study."""
+    from pathfm.compute import pick_device
     from pathfm.mil.predict import predict
+    from pathfm.models.encoders import load_encoder
 
     trained = study.out
     if not (trained / "mil" / "metrics.json").is_file():
@@ -31,12 +37,14 @@ def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
         raise UsageError("this folder holds a study of its own", where=str(out), fix="name another folder for the predictions")
     recipe = read_json(trained / "mil" / RECIPE_FILE)
     tile_settings = TileSettings.model_validate(recipe["tile"])
-    extract = ExtractSettings.model_validate({**recipe["extract"], "controls": False})
+    extract = ExtractSettings.model_validate({**recipe["extract"], **ONLY_FEATURES})
     if recipe["own_encoder"]:
         extract = extract.model_copy(update={"encoder": f"local-dir:{trained / recipe['own_encoder']}"})
     cohort = study.cohort.model_copy(update={**cohort_of(sources), "tile_labels": None})
     changed = {"out": out.absolute(), "cohort": cohort, "tile": tile_settings, "extract": extract}
     run = begin(study.model_copy(update=changed))
+    # Before hours of work: what the networks were trained on must be computed here too.
+    load_encoder(extract.encoder, extract, pick_device(study.compute)).check_precision()
     run_tiling(run)
     seen = _check_seen(run)
     extraction = run_extraction(run)

@@ -93,6 +93,17 @@ def test_a_fetched_folder_is_replaced_and_other_folders_are_not_touched(virchow2
     assert (tmp_path / "mine/thesis.txt").read_text() == "all of it"
 
 
+@pytest.mark.parametrize("place", ["data/thesis.txt", "card.json/thesis.txt", ".hidden"])
+def test_a_folder_that_holds_more_than_an_encoder_is_not_replaced(virchow2, tmp_path, place):
+    file = tmp_path / "e" / place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("all of it")
+    (tmp_path / "e/config.json").write_text("{}")
+    with pytest.raises(UsageError, match="there is something else already"):
+        fetch("virchow2", tmp_path / "e")
+    assert file.read_text() == "all of it" and (tmp_path / "e/config.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("uni2-h", "not on this machine"), ("conch", "code of others"), ("python:a:b", "own")]
 )

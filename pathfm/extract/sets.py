@@ -28,6 +28,8 @@ VERSION = 2
 """Raised whenever the features of the same tiles change."""
 COLOUR = "colour-histogram"
 MAIN, UNTRAINED, COLOURS, DENSE = "main", "untrained", "colour", "dense"
+POOLED = {"pooling", "symmetry", "scales", "dim", "compiled"}
+"""What of a recipe does not concern patch tokens."""
 LIBRARIES = ("pathfm", "torch", "timm")
 """Whose versions every feature file names."""
 
@@ -146,7 +148,8 @@ def load_sets(study: Study, layout: Layout, own: Path | None, device: torch.devi
     on_device: dict[int, DeviceEncode] = {number: encoder.features for number, encoder in enumerate(encoders.values())}
     if settings.dense:
         on_device[len(sets)] = encoders[MAIN].dense
-        sets.append(make(DENSE, sets[0].name, {**sets[0].recipe, "pooling": "none"}))
+        unpooled = {name: value for name, value in sets[0].recipe.items() if name not in POOLED}
+        sets.append(make(DENSE, sets[0].name, unpooled))
     host: dict[int, tuple[int, HostEncode]] = {}
     if settings.controls:
         host[len(sets)] = LEVELS**3, colour_histogram
@@ -165,7 +168,8 @@ def _encoder_names(settings: ExtractSettings, own: Path | None) -> dict[str, tup
     scheme, _, rest = settings.encoder.partition(":")
     if settings.encoder != "pretrained":
         # A folder is named without its path: where it lies is nobody's business, and its weights are hashed anyway.
-        label = f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else settings.encoder
+        card = find_card(settings.encoder)
+        label = f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else card.name if card else settings.encoder
         names = {MAIN: (label, settings.encoder)}
         if settings.controls and (untrained := _untrained_name(settings.encoder)):
             names[UNTRAINED] = (untrained, untrained)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ from pathfm.faults import crash_point
 from pathfm.models.slide_encoders import FAULTS, SlideEncoder, check_features
 from pathfm.store.commit import sweep
 from pathfm.store.feature_file import FeatureFile, open_features, read_feature_attrs
+from pathfm.store.lease import Lease, LeaseLostError, Leases
 from pathfm.store.record import Outcome, Status
-from pathfm.store.slide_vectors import SlideVector, open_slide_vector, write_slide_table, write_slide_vector
+from pathfm.store.slide_vectors import SlideVector, is_slide_table, open_slide_vector, write_slide_table, write_slide_vector
 
 VERSION = 1
 """Raised whenever the vectors of the same features change."""
@@ -23,51 +25,111 @@ CARRIED = ("slide_id", "tile_px", "tile_side_level0", "mpp", "effective_mpp", "c
 """Attributes of the feature file that its slide's vector repeats."""
 
 
-def write_slide_vectors(feature_paths: Sequence[Path], folder: Path, encoder: SlideEncoder) -> list[Outcome]:
-    """Writes ``folder/NAME/<slide_id>.h5`` for each feature file and the table ``folder/NAME.csv`` of all these slides.
+def write_slide_vectors(
+    feature_paths: Sequence[Path], folder: Path, encoder: SlideEncoder, lease_s: float = 120.0
+) -> list[Outcome]:
+    """Writes ``folder/NAME/<slide_id>.h5`` for each feature file, and the table ``folder/NAME.csv``.
 
-    Vectors that are up to date are kept. Neither files nor table depend on the order of the feature files.
+    Vectors that are up to date are kept. Other processes and machines may do the same at the same time: each vector is made by
+    one of them, and the last to finish leaves a table of all. The table holds every vector in the folder that fits the feature
+    file of its slide. Neither files nor table depend on the order of the feature files.
 
     Args:
-        feature_paths: feature files of one encoder; their slides make the table.
-        folder: beside the features.
+        feature_paths: feature files of one encoder that are up to date.
+        folder: in the folder of the feature files.
         encoder: from ``load_slide_encoder``.
+        lease_s: as ``compute.lease_s``.
 
     Returns:
         One outcome per feature file, in their order; a slide that fails has no vector, also none of an earlier run.
+
+    Raises:
+        StoreError: the folder cannot be written, or the vectors differ in length.
     """
     home = folder / _safe(encoder.name)
-    sweep(folder)
-    sweep(home)
+    with Leases(lease_s) as leases:
+        for each in (folder, home):
+            sweep(each)
+            leases.sweep(each)
+        made, reasons = _make_stale(feature_paths, home, encoder, leases)
+        vectors = _write_table(home, folder.parent, encoder, leases)
     outcomes: list[Outcome] = []
-    vectors: dict[str, npt.NDArray[np.float32]] = {}
     for path in feature_paths:
-        target = home / f"{path.stem}.h5"
-        try:
-            status, made = _kept_or_made(path, target, encoder)
-        except PathfmError as error:
-            target.unlink(missing_ok=True)
-            outcomes.append(Outcome(path.stem, "failed", f"slide vector {encoder.name}: {error.reason}"))
-            continue
-        vectors[path.stem] = made.vector
-        outcomes.append(Outcome(path.stem, status, counts={"dim": len(made.vector)}))
-    write_slide_table(home.with_name(f"{home.name}.csv"), vectors)
+        slide_id = path.stem
+        if slide_id in vectors:
+            status: Status = "done" if slide_id in made else "kept"
+            outcomes.append(Outcome(slide_id, status, counts={"dim": len(vectors[slide_id])}))
+        else:
+            reason = reasons.get(slide_id, "its features were replaced meanwhile (run the same command again)")
+            outcomes.append(Outcome(slide_id, "failed", f"slide vector {encoder.name}: {reason}"))
     return outcomes
 
 
-def _kept_or_made(path: Path, target: Path, encoder: SlideEncoder) -> tuple[Status, SlideVector]:
+def _make_stale(
+    feature_paths: Sequence[Path], home: Path, encoder: SlideEncoder, leases: Leases
+) -> tuple[set[str], dict[str, str]]:
+    """Makes the vectors that are absent or stale; which slides got one here, and why others did not."""
+
+    def is_current(path: Path) -> bool:
+        return _current(path, home, encoder) is not None
+
+    stale = [path for path in feature_paths if not is_current(path)]
+    made: set[str] = set()
+    reasons: dict[str, str] = {}
+    for path, lease in leases.each(stale, lambda path: home / path.name, is_current):
+        with lease:
+            try:
+                _make(path, home, encoder, lease)
+                made.add(path.stem)
+            except LeaseLostError as error:  # what is there now is another's
+                reasons[path.stem] = error.reason
+            except PathfmError as error:
+                (home / path.name).unlink(missing_ok=True)
+                reasons[path.stem] = error.reason
+    return made, reasons
+
+
+def _write_table(home: Path, features: Path, encoder: SlideEncoder, leases: Leases) -> dict[str, npt.NDArray[np.float32]]:
+    """Writes the table of what is there, and returns it.
+
+    One process at a time looks and writes: otherwise one that looked earlier could write later, and a shorter table.
+    """
+    table = home.with_name(f"{home.name}.csv")
+
+    def there() -> dict[str, npt.NDArray[np.float32]]:
+        found = {path.stem: _current(features / path.name, home, encoder) for path in sorted(home.glob("*.h5"))}
+        return {slide_id: vector.vector for slide_id, vector in found.items() if vector is not None}
+
+    vectors = there()
+    if not is_slide_table(table, vectors):  # a finished study may lie on a drive that cannot be written
+        for _, lease in leases.each([table], lambda path: path, lambda _: False):
+            with lease:
+                vectors = there()
+                write_slide_table(table, vectors)
+    return vectors
+
+
+def _wanted(attrs: Mapping[str, Any], encoder: SlideEncoder) -> str:
+    """The fingerprint of the vector of these features."""
+    return fingerprint({"version": VERSION, "features": str(attrs.get("fingerprint")), "encoder": encoder.identity})
+
+
+def _current(path: Path, home: Path, encoder: SlideEncoder) -> SlideVector | None:
+    """The vector of a feature file if it is there and what would be made now."""
     attrs = read_feature_attrs(path)
-    if attrs is None:
-        raise StoreError("its feature file is absent or damaged", fix="run `pathfm extract` again")
-    wanted = fingerprint({"version": VERSION, "features": str(attrs.get("fingerprint")), "encoder": encoder.identity})
-    kept = _current(target, wanted)
-    if kept is not None:
-        return "kept", kept
+    try:
+        vector = open_slide_vector(home / path.name)
+    except StoreError:
+        return None
+    return vector if attrs is not None and vector.fingerprint == _wanted(attrs, encoder) else None
+
+
+def _make(path: Path, home: Path, encoder: SlideEncoder, lease: Lease) -> None:
     file = open_features(path)
     vector_D = _encoded(file, encoder)
     about = {name: file.attrs[name] for name in CARRIED if name in file.attrs}
     depends: dict[str, str | int] = {
-        "fingerprint": wanted,
+        "fingerprint": _wanted(file.attrs, encoder),
         "features_fingerprint": file.fingerprint,
         "features_encoder": str(file.attrs.get("recipe_encoder", "")),
         "slide_encoder": encoder.name,
@@ -75,16 +137,7 @@ def _kept_or_made(path: Path, target: Path, encoder: SlideEncoder) -> tuple[Stat
         "tiles": int(file.valid.sum()),
     }
     crash_point("extract.slide_vector")
-    write_slide_vector(target, vector_D, about | depends)
-    return "done", SlideVector(vector_D, about | depends)
-
-
-def _current(target: Path, wanted: str) -> SlideVector | None:
-    try:
-        vector = open_slide_vector(target)
-    except StoreError:
-        return None
-    return vector if vector.fingerprint == wanted else None
+    write_slide_vector(home / path.name, vector_D, about | depends, lease.check)
 
 
 def _encoded(file: FeatureFile, encoder: SlideEncoder) -> npt.NDArray[np.float32]:

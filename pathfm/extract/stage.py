@@ -6,7 +6,8 @@ import datetime
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,11 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class Extraction:
-    """What the stage did and where its feature sets lie, by role."""
+    """What the stage did, where its feature sets lie, by role, and what became of the vectors of whole slides, if any."""
 
     report: StageReport
     sets: Mapping[str, FeatureSet]
+    vectors: StageReport | None = None
 
 
 def run_extract(
@@ -79,9 +81,12 @@ def run_extract(
         without = study.extract.model_copy(update={"slide_vectors": ()})
         found = on_devices(work, study.model_copy(update={"extract": without}), devices)
         report, sets_by_role = joined([extraction.report for extraction in found]), found[0].sets
-        whole = Extraction(_with_failures(report, _slide_vectors(cohort, sets_by_role[MAIN], vectors)), sets_by_role)
-        _write_records(study, whole, started)
-        return whole
+        return _ended(
+            Extraction(report, sets_by_role),
+            study,
+            started,
+            _slide_vectors(cohort, layout, sets_by_role[MAIN], vectors, study.compute.lease_s),
+        )
     threads = use_threads(study.compute)
     sets = load_sets(study, layout, own_encoder, pick_device(study.compute))
     for features in sets.sets:
@@ -92,28 +97,34 @@ def run_extract(
     if works:
         run.extract(works)
     report = StageReport(STAGE, tuple(run.outcomes[row.slide_id] for row in rows), run.note, len(works))
-    extraction = Extraction(_with_failures(report, _slide_vectors(cohort, sets.sets[0], vectors)), sets.by_role)
-    _write_records(study, extraction, started)
-    return extraction
+    return _ended(
+        Extraction(report, sets.by_role),
+        study,
+        started,
+        _slide_vectors(cohort, layout, sets.sets[0], vectors, study.compute.lease_s),
+    )
 
 
-def _write_records(study: Study, extraction: Extraction, started: datetime.datetime) -> None:
+def _ended(extraction: Extraction, study: Study, started: datetime.datetime, vectors: StageReport | None) -> Extraction:
+    """The extraction with its record written and its slide vectors told."""
     if extraction.report.worked:
         for features in extraction.sets.values():
             write_record(features.folder, extraction.report, study.extract, started, study.compute.shard)
+    return replace(extraction, vectors=vectors)
 
 
-def _slide_vectors(cohort: Cohort, main: FeatureSet, encoders: Sequence[SlideEncoder]) -> list[Outcome]:
-    """Vectors of all slides that have features by now, also those that other jobs made; returns what failed."""
-    paths = [path for row in cohort.rows if (path := main.path(row.slide_id)).is_file()]
-    made = [write_slide_vectors(paths, main.folder / "slides", encoder) for encoder in encoders]
-    return [outcome for outcomes in made for outcome in outcomes if outcome.status == "failed"]
-
-
-def _with_failures(report: StageReport, failed: Sequence[Outcome]) -> StageReport:
-    by_slide = {outcome.slide_id: outcome for outcome in failed}
-    outcomes = tuple(by_slide.get(outcome.slide_id, outcome) for outcome in report.outcomes)
-    return StageReport(report.stage, outcomes, report.note, report.worked)
+def _slide_vectors(cohort: Cohort, layout: Layout, main: FeatureSet, encoders: Sequence[SlideEncoder]) -> StageReport | None:
+    """Vectors of all slides whose features are up to date by now, also of those that other jobs made."""
+    if not encoders:
+        return None
+    paths = []
+    for row in cohort.rows:
+        with suppress(StoreError):
+            if main.is_current(open_tiles(layout.store(row.slide_id))):
+                paths.append(main.path(row.slide_id))
+    home = main.folder / "slides"
+    made = [outcome for encoder in encoders for outcome in write_slide_vectors(paths, home, encoder, lease_s)]
+    return StageReport("slide vectors", tuple(made))
 
 
 def _stale(rows: Sequence[SlideRow], layout: Layout, stale_tiles: Collection[str], run: _Run) -> Iterator[SlideWork]:
@@ -206,7 +217,8 @@ class _Run:
                 self._leases.sweep(folder)
             waiting = list(works)
             while waiting and not self._broken:
-                self._again, pace = [], self._pass(waiting, size)
+                self._again = []
+                pace = self._pass(waiting, size)
                 paces += [pace] if pace.tiles else []
                 waiting = self._again
                 if waiting and not pace.tiles:
@@ -251,7 +263,8 @@ class _Run:
                 lease.release()
                 continue
             self._events.write("slide_started", stage=STAGE, slide_id=work.slide_id)
-            yield SlideWork(work.store, stale, lease)
+            # Opened anew, so that what it has read is forgotten with it.
+            yield SlideWork(open_tiles(work.store.path), stale, lease)
 
     def _open_writer(self, work: SlideWork, number: int, shape: tuple[int, ...]) -> Writer:
         features, store = self.sets.sets[number], work.store
@@ -279,7 +292,7 @@ class _Run:
         counts = {"tiles": len(work.store), **({"unreadable": unread} if unread else {})}
         outcome = Outcome(slide_id, "failed", error.reason) if error else Outcome(slide_id, "done", counts=counts)
         self.outcomes[slide_id] = outcome
-        if error is not None and isinstance(error.__cause__, OSError):
+        if error is not None and work.is_unwritable and isinstance(error.__cause__, OSError):
             # A drive that cannot be written takes no other slide either; what is made stays made.
             self._broken = error.reason
         self._events.write(

@@ -18,8 +18,10 @@ from pathfm.log import say, track
 TOGETHER = 8
 """Batches are filled up to a multiple of this. Kernels for other counts round differently in convolutional networks; so
 filled, the features of a tile do not depend on what else is in its batch."""
-LARGEST = 1024
-"""Tiles of a batch on a GPU, at most: more gain nothing."""
+LARGEST, LARGEST_BYTES = 1024, 2**28
+"""Tiles of a batch on a GPU and bytes of their pixels, at most: more gain nothing."""
+NO_MEMORY = ("not enough memory", "can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
+"""What else libraries say when memory runs out."""
 ON_CPU = 16
 """Tiles of a batch on a CPU: more leave its caches."""
 
@@ -83,17 +85,20 @@ class Device:
         """Tiles per batch: the wanted number, or with 0 what suits a CPU or the memory of a GPU."""
         if wanted or not self.is_gpu:
             return wanted or ON_CPU
-        self._limit = LARGEST
+        largest = min(LARGEST, LARGEST_BYTES // (3 * tile_px**2)) // TOGETHER * TOGETHER
+        self._limit = max(largest, TOGETHER)
         for number in self._encoders:
-            self._encoded(number, torch.zeros((LARGEST, tile_px, tile_px, 3), dtype=torch.uint8, device=self._device))
+            self._encoded(number, torch.zeros((self._limit, tile_px, tile_px, 3), dtype=torch.uint8))
         return self._limit
 
     def begin(self, batch: Batch) -> _Pending:
         """Starts the work on a batch; the result is there after ``finish``."""
         wanted = {number for work, _, _ in batch.segments if work.error is None for number in work.sets}
-        filled = -(-batch.count // TOGETHER) * TOGETHER
-        tiles = batch.tiles[:filled].to(self._device, non_blocking=True)
-        features = {number: self._encoded(number, tiles)[: batch.count] for number in sorted(wanted & self._encoders.keys())}
+        tiles = batch.tiles[: -(-batch.count // TOGETHER) * TOGETHER]
+        there: list[torch.Tensor] = []
+        features = {
+            number: self._encoded(number, tiles, there)[: batch.count] for number in sorted(wanted & self._encoders.keys())
+        }
         if not self.is_gpu:
             return _Pending(batch, features, None)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -101,10 +106,13 @@ class Device:
         copied.record(torch.cuda.current_stream(self._device))
         return _Pending(batch, host, copied)
 
-    def _encoded(self, number: int, tiles: torch.Tensor) -> torch.Tensor:
+    def _encoded(self, number: int, tiles: torch.Tensor, there: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Features of tiles of the host; ``there`` keeps what was copied for the encoders after this one."""
+        there = [] if there is None else there
         while True:
             try:
-                return torch.cat([self._encoders[number](part) for part in torch.split(tiles, self._limit)])
+                there[:] = there or [tiles.to(self._device, non_blocking=True)]
+                return torch.cat([self._encoders[number](part) for part in torch.split(there[0], self._limit)])
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -127,7 +135,7 @@ def _on_host(values: torch.Tensor) -> torch.Tensor:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def run_stream(batches: Batches, device: Device, writer: WriterThread, total_batches: int) -> Pace:

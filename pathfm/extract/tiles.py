@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pathfm.errors import PathfmError, UnreadableSlideError
+from pathfm.errors import PathfmError, SlideError, UnreadableSlideError
+from pathfm.log import get_log
 from pathfm.store.lease import Lease
 from pathfm.store.tile_store import TileStore, open_tiles
 
@@ -28,10 +30,14 @@ AHEAD = 3
 """Batches decoded ahead of the device."""
 TASK_TILES = 8
 """Tiles that one thread decodes at a time."""
+SLIDES_AT_ONCE = 4
+"""Slides that are read side by side where pixels come from them: opening one takes longer than reading fifty tiles."""
+
+log = get_log(__name__)
 
 Pixels = npt.NDArray[np.uint8]
-PixelsOf = Callable[[TileStore], Iterator[Pixels | None]]
-"""All tiles of a store that holds no pixels, in its order; None: one that cannot be read."""
+PixelsOf = Callable[[TileStore, int], Iterator[Pixels | None]]
+"""All tiles of a store that holds no pixels, in its order, read by so many threads; None: one that cannot be read."""
 HostEncode = Callable[[Pixels], npt.NDArray[np.float32]]
 """Features [B, D] of tiles [B, H, W, 3], computed by the decoding threads."""
 
@@ -45,6 +51,7 @@ class SlideWork:
         sets: numbers of the feature sets that are to be made.
         lease: the right to make them, among several processes.
         error: why it cannot be finished, once that is known.
+        is_unwritable: the error came from writing.
         valid: [N] whether each tile could be read.
     """
 
@@ -52,6 +59,7 @@ class SlideWork:
     sets: tuple[int, ...]
     lease: Lease | None = None
     error: PathfmError | None = None
+    is_unwritable: bool = False
     valid: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,8 +94,8 @@ class Batches:
     """The stream. Iterating yields batches whose tiles are decoded; ``release`` gives their memory back for later ones.
 
     Args:
-        works: the slides, drawn as they are needed; all with tiles of one side.
-        size: tiles per batch; only the last has fewer.
+        works: the slides, drawn as they are needed.
+        size: tiles per batch; only the last has fewer, and the last of each tile side.
         threads: threads that decode.
         host: by feature set, its features' length and the function that computes them from decoded tiles.
         pixels_of: tiles of stores without pixels.
@@ -106,7 +114,8 @@ class Batches:
         self._works, self._size, self._host, self._pixels_of, self._pinned = works, size, host, pixels_of, pinned
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # Tiles straight from a slide come in order from one iterator, which has threads of its own.
-        self._puller = ThreadPoolExecutor(1, thread_name_prefix="slide")
+        self._pullers = [ThreadPoolExecutor(1, thread_name_prefix="slide") for _ in range(SLIDES_AT_ONCE)]
+        self._threads, self._turn = threads, 0
         self._free: list[torch.Tensor] = []
         self._local = threading.local()
 
@@ -127,7 +136,7 @@ class Batches:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for pool in (self._decoders, self._puller):
+        for pool in (*self._pullers, self._decoders):
             pool.shutdown(cancel_futures=True)
 
     def _planned(self) -> Iterator[Batch]:
@@ -137,6 +146,9 @@ class Batches:
             pulled = None if work.store.has_pixels else self._pulled(work)
             start, tiles = 0, len(work.store)
             while start < tiles and work.error is None:
+                if batch is not None and batch.tiles.shape[1] != work.store.tile_px:
+                    yield batch
+                    batch = None
                 batch = batch or self._new(work.store.tile_px)
                 count = min(tiles - start, self._size - batch.count)
                 segment = Segment(work, start, slice(batch.count, batch.count + count))
@@ -164,12 +176,13 @@ class Batches:
     def _pulled(self, work: SlideWork) -> Iterator[Pixels | None]:
         if self._pixels_of is None:
             raise TypeError("stores without pixels need a function that reads them from the slide")
-        return self._pixels_of(work.store)
+        self._turn = (self._turn + 1) % SLIDES_AT_ONCE
+        return self._pixels_of(work.store, self._threads)
 
     def _fill(self, batch: Batch, segment: Segment, pulled: Iterator[Pixels | None] | None) -> None:
         """Starts the decoding of a segment."""
         if pulled is not None:
-            batch.filled.append(self._puller.submit(self._pull, batch, segment, pulled))
+            batch.filled.append(self._pullers[self._turn].submit(self._pull, batch, segment, pulled))
             return
         work, first, rows = segment
         for row in range(rows.start, rows.stop, TASK_TILES):
@@ -179,33 +192,29 @@ class Batches:
     def _decode(self, batch: Batch, segment: Segment) -> None:
         work, start, rows = segment
         target = batch.tiles.numpy()
-        try:
+        with _errors_of(work):
             store = self._reader(work.store.path)
             for number, row in enumerate(range(rows.start, rows.stop), start):
                 target[row] = store[number]
-        except PathfmError as error:
-            work.error = work.error or error
-            return
-        self._encode_here(batch, work, rows)
+            self._encode_here(batch, work, rows)
 
     def _pull(self, batch: Batch, segment: Segment, pulled: Iterator[Pixels | None]) -> None:
         work, start, rows = segment
         target = batch.tiles.numpy()
-        try:
+        with _errors_of(work):
             for number, row in enumerate(range(rows.start, rows.stop), start):
                 pixels = next(pulled, None)
                 work.valid[number] = pixels is not None
                 target[row] = 0 if pixels is None else pixels
-        except PathfmError as error:
-            work.error = work.error or error
-            return
-        if not work.valid.any():
-            work.error = UnreadableSlideError("none of its tiles can be read", fix="get a new copy of the slide or rescan it")
-        self._encode_here(batch, work, rows)
+            if not work.valid.any():
+                raise UnreadableSlideError("none of its tiles can be read", fix="get a new copy of the slide or rescan it")
+            # Waited for by whoever waits for this: it is added before this one is done.
+            batch.filled.append(self._decoders.submit(self._encode_here, batch, work, rows))
 
     def _encode_here(self, batch: Batch, work: SlideWork, rows: slice) -> None:
-        for number in set(work.sets) & self._host.keys():
-            batch.host[number][rows] = self._host[number][1](batch.tiles.numpy()[rows])
+        with _errors_of(work):
+            for number in set(work.sets) & self._host.keys():
+                batch.host[number][rows] = self._host[number][1](batch.tiles.numpy()[rows])
 
     def _reader(self, path: Path) -> TileStore:
         """This thread's own reader of a store: its table of open shards is not locked."""
@@ -215,13 +224,20 @@ class Batches:
         return store
 
 
+@contextmanager
+def _errors_of(work: SlideWork) -> Iterator[None]:
+    """What goes wrong with one slide is its error; the others go on."""
+    try:
+        yield
+    except PathfmError as error:
+        work.error = work.error or error
+    except Exception as error:
+        log.error("%s: internal error", work.slide_id, exc_info=error)
+        work.error = work.error or SlideError(f"internal error: {' '.join(str(error).split())} ({type(error).__name__})")
+
+
 def _ready(batch: Batch) -> Batch:
     for future in batch.filled:
         future.result()
     batch.filled = []
     return batch
-
-
-def tile_count(works: Sequence[SlideWork]) -> int:
-    """Tiles of all the slides."""
-    return sum(len(work.store) for work in works)

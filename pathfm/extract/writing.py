@@ -15,8 +15,8 @@ from pathfm.errors import PathfmError
 from pathfm.extract.tiles import SlideWork
 from pathfm.faults import crash_point
 
-WAITING = 8
-"""Parts of batches that may wait for the drive; when more do, the device waits after all, and memory stays bounded."""
+WAITING_BYTES = 2**28
+"""Rows that may wait for the drive; when more do, the device waits after all, and memory stays bounded."""
 
 Rows = npt.NDArray[np.float32]
 
@@ -55,7 +55,8 @@ class WriterThread:
 
     def __init__(self, open_writer: OpenWriter, finished: Callable[[SlideWork], None]) -> None:
         self._open_writer, self._finished = open_writer, finished
-        self._queue: queue.Queue[_Part | SlideWork | None] = queue.Queue(WAITING)
+        self._queue: queue.SimpleQueue[_Part | SlideWork | None] = queue.SimpleQueue()
+        self._waiting, self._room = 0, threading.Condition()
         self._files: dict[SlideWork, dict[int, Writer]] = {}
         self._left: dict[SlideWork, int] = {}
         self._over: set[SlideWork] = set()
@@ -64,6 +65,9 @@ class WriterThread:
 
     def put(self, work: SlideWork, number: int, start: int, rows: Rows) -> None:
         """Rows [n, D] of tiles ``start`` and following, for one feature set of a slide."""
+        with self._room:
+            self._room.wait_for(lambda: self._waiting == 0 or self._waiting + rows.nbytes <= WAITING_BYTES)
+            self._waiting += rows.nbytes
         self._give(_Part(work, number, start, rows))
 
     def fail(self, work: SlideWork) -> None:
@@ -89,12 +93,15 @@ class WriterThread:
 
     def _run(self) -> None:
         while (part := self._queue.get()) is not None:
-            if self._defect is not None:
-                continue  # whoever puts more is told; until then the queue must not fill up
             try:
-                self._take(part)
+                if self._defect is None:  # else whoever puts more is told
+                    self._take(part)
             except BaseException as error:  # noqa: BLE001 - raised again by put() or at the end
                 self._defect = error
+            if isinstance(part, _Part):
+                with self._room:
+                    self._waiting -= part.rows.nbytes
+                    self._room.notify()
 
     def _take(self, part: _Part | SlideWork) -> None:
         work = part.work if isinstance(part, _Part) else part
@@ -104,7 +111,7 @@ class WriterThread:
             if work.error is None and isinstance(part, _Part):
                 self._write(part)
         except PathfmError as error:
-            work.error = error
+            work.error, work.is_unwritable = error, True
         if work.error is not None:
             self._abort(work)
         if work.error is not None or not self._left[work]:

@@ -47,8 +47,6 @@ def read_slide(path: Path) -> SlideFeatures:
         StoreError: absent, damaged, foreign, or a value that is not finite.
     """
     file = open_features(path)
-    if not np.isfinite(file.features).all():
-        raise StoreError("features hold NaN or infinity", where=str(path), fix="delete it and run `pathfm extract` again")
     if not file.valid.all():
         unread = int((~file.valid).sum())
         fix = "tile the slide with tile.filters.measure=true, which leaves them out"
@@ -58,11 +56,16 @@ def read_slide(path: Path) -> SlideFeatures:
     return SlideFeatures(path.stem, file.features, file.coords, encoder_identity(file.attrs), digest.hexdigest())
 
 
+NO_MATTER = ("recipe_encoder", "recipe_card", "recipe_hash", "recipe_arithmetic", "recipe_compiled")
+"""What of a recipe may differ between machines: the name of a folder, and the ways to compute in half precision, all of which
+keep ``extract.min_fidelity``."""
+
+
 def encoder_identity(attrs: Mapping[str, object]) -> dict[str, str]:
     """What must agree before features of two files are mixed: the recipe, with the weights' hash in place of their name."""
     recipe = {name: str(value) for name, value in attrs.items() if name.startswith("recipe_")}
     if "recipe_weights_sha256" in recipe:
-        for name in ("recipe_encoder", "recipe_card", "recipe_hash"):  # a folder's name may differ between machines
+        for name in NO_MATTER:
             recipe.pop(name, None)
     return recipe
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pathfm.errors import UsageError
-from pathfm.models.pooling import has_class_token
+from pathfm.models.pooling import has_class_token, prefix_tokens
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, functional.softmax}
 FIX = "choose a vision transformer with a class token"
@@ -65,10 +65,10 @@ def attention_maps(model: nn.Module, images_BCHW: Tensor) -> AttentionMaps:
     """
     if not has_class_token(model):
         raise UsageError(f"{type(model).__name__} has no class token whose attention could be shown", fix=FIX)
-    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    prefix = prefix_tokens(model)
     with _Watch(len(images_BCHW)) as seen:
         tokens_BTD = model.forward_features(images_BCHW)  # type: ignore[operator]
-    length = tokens_BTD.shape[1] if tokens_BTD.ndim == 3 else 0
+    length = tokens_BTD.shape[1] if isinstance(tokens_BTD, Tensor) and tokens_BTD.ndim == 3 else 0
     side = math.isqrt(max(0, length - prefix))
     if seen.rollout_BTT is None or seen.lengths != {length} or side * side != length - prefix:
         what = f"the blocks of {type(model).__name__} do not attend from every token to every token"

@@ -50,13 +50,20 @@ def load_folder(path: str, input_px: int | None) -> tuple[nn.Module, EncoderCard
     if card is None:
         card = dataclasses.replace(
             timm_card(model, name),
-            architecture=str(config.get("architecture", "")),
-            arguments=config.get("model_args", {}),
             mpp=(float(said["mpp"]),) if said.get("mpp") else (),
             tile_px=said.get("tile_px"),
             source="its folder",
         )
+    card = as_configured(card, config)
     return (model if card.stage is None else StageFeatures(model, card.stage)), card
+
+
+def as_configured(card: EncoderCard, config: Mapping[str, Any]) -> EncoderCard:
+    """The card of what timm's ``config.json`` builds, whatever the card says was to be built."""
+    architecture = str(config.get("architecture", ""))
+    is_same = card.architecture.partition(".")[0] == architecture  # a tag names weights, and is in the card only
+    kept = card.architecture if is_same else architecture
+    return dataclasses.replace(card, architecture=kept, arguments=config.get("model_args") or {})
 
 
 def _recipe(said: Mapping[str, Any], folder: Path) -> EncoderCard:

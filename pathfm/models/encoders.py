@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pathfm.errors import UsageError
-from pathfm.log import say
 from pathfm.models.calibration import calibration_tiles
-from pathfm.models.fidelity import Forward, Judged, Precision, judge, wanted_precision
+from pathfm.models.fidelity import Arithmetic, Forward, Judged, Precision, judge, wanted_precision
 from pathfm.models.networks import Network, load_network
 from pathfm.models.preprocess import Preprocessing, turns_and_flips
 from pathfm.study import ExtractSettings
@@ -34,6 +32,7 @@ class Recipe:
     Attributes:
         encoder: name as in the settings, without the path of a folder.
         weights_sha256: hash over the names and values of all weights, as loaded.
+        network: hash over what is computed with them (``Network.digest``).
         card: the record that says how the encoder is fed and read.
         resize_px: side the whole tile is resized to [px].
         input_px: side of the middle that the network sees [px].
@@ -41,7 +40,9 @@ class Recipe:
         interpolation: of the resize.
         antialias: whether the resize smooths before it shrinks.
         pooling: how tokens become one vector.
-        precision: arithmetic that is used, not the one that was wished for.
+        precision: of the numbers that are used, not the one that was wished for.
+        arithmetic: plain float32, or half precision, whole or mixed (see ``fidelity``).
+        compiled: whether the network runs compiled.
         symmetry: whether features are averaged over turns and flips.
         scales: factors by which tiles are enlarged (S2).
         merge_tokens: share of the patches that is merged.
@@ -50,6 +51,7 @@ class Recipe:
 
     encoder: str
     weights_sha256: str
+    network: str
     card: str
     resize_px: int
     input_px: int
@@ -59,6 +61,8 @@ class Recipe:
     antialias: bool
     pooling: str
     precision: Precision
+    arithmetic: Arithmetic
+    compiled: bool
     symmetry: str
     scales: tuple[int, ...]
     merge_tokens: float
@@ -94,12 +98,13 @@ class TileEncoder:
         sides_px = card.resize_px, card.input_px
         self._prepare = Preprocessing(*sides_px, card.mean, card.std, card.interpolation, card.antialias).to(device)
         plain = Forward(model, card.pooling if settings.pooling == "recipe" else settings.pooling)
-        judged = self._judged(plain, name)
+        judged = self._judged(plain, name, compiled)
         self._forward, self.fidelity = judged.forward, judged.cosine
-        self._vectors = self._compiled(name) if compiled else judged.forward
+        self._vectors = judged.compiled or judged.forward
         self.recipe = Recipe(
             encoder=name,
             weights_sha256=digest,
+            network=network.digest(),
             card=card.name,
             resize_px=card.resize_px,
             input_px=card.input_px,
@@ -109,6 +114,8 @@ class TileEncoder:
             antialias=card.antialias,
             pooling=plain.pool,
             precision=judged.precision,
+            arithmetic=judged.forward.arithmetic,
+            compiled=judged.compiled is not None,
             symmetry=settings.symmetry,
             scales=settings.scales,
             merge_tokens=settings.merge_tokens,
@@ -152,6 +159,18 @@ class TileEncoder:
         """Features [B, D] float32 of RGB tiles [B, H, W, 3] uint8."""
         features: npt.NDArray[np.float32] = self.features(torch.tensor(tiles, device=self.device)).cpu().numpy()
         return features
+
+    def check_precision(self) -> None:
+        """Refuses an encoder that does not run in the precision that the settings name; ``auto`` names none.
+
+        Raises:
+            UsageError: the device does not compute in it, or features would suffer.
+        """
+        asked, used = self._settings.precision, self.recipe.precision
+        if asked not in {"auto", used}:
+            what = f"{self.recipe.encoder} is to run in {asked}, and here it runs in {used}"
+            fix = f"use a device that computes in {asked}, or set extract.precision: {used} from the first slide on"
+            raise UsageError(what, where="extract.precision", fix=fix)
 
     def check_tiles(self, mpp: float | None, tile_px: int) -> str:
         """One line that says which resolution the encoder really sees.
@@ -198,26 +217,11 @@ class TileEncoder:
         return self._prepare(torch.from_numpy(tiles).to(self.device))
 
     @torch.inference_mode()
-    def _judged(self, plain: Forward, name: str) -> Judged:
+    def _judged(self, plain: Forward, name: str, compiled: bool) -> Judged:
         precision = wanted_precision(self._settings.precision, self._card.precision, self.device, name)
-        is_plain = precision == "fp32" and not self._settings.merge_tokens
-        return judge(plain, precision, self._settings, self._calibration(1 if is_plain else CALIBRATION_TILES), name)
-
-    def _compiled(self, name: str) -> Callable[[Tensor], Tensor]:
-        """The network compiled when the first batch comes, for its size; where that fails, which is said, it runs as it is."""
-        compiled = torch.compile(self._forward.__call__, dynamic=False)
-
-        def run(images_BCHW: Tensor) -> Tensor:
-            try:
-                return compiled(images_BCHW)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                say(f"{name}: cannot be compiled here, it runs as it is ({str(error).strip().splitlines()[0][:200]})")
-                self._vectors = self._forward
-                return self._forward(images_BCHW)
-
-        return run
+        is_plain = precision == "fp32" and not self._settings.merge_tokens and not compiled
+        images_BCHW = self._calibration(1 if is_plain else CALIBRATION_TILES)
+        return judge(plain, precision, self._settings, images_BCHW, name, compiled=compiled)
 
 
 def load_encoder(name: str, settings: ExtractSettings, device: torch.device, *, compiled: bool = False) -> TileEncoder:

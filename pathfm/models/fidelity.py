@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from pathfm.models.token_merging import check_mergeable, merged_features
 from pathfm.study import ExtractSettings
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Arithmetic = Literal["plain", "whole", "mixed"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLER_SHARES = (0.75, 0.5, 0.25, 0.1)
 """Parts of a share of merged tokens that is too large, tried for the advice."""
@@ -38,6 +41,9 @@ class Forward:
         pool: rule of ``pooling``.
         merge_share: share of the patches that is merged (``token_merging``).
 
+    Attributes:
+        arithmetic: plain float32, or half precision, whole or mixed.
+
     Raises:
         UsageError: the network cannot be pooled or merged like this.
     """
@@ -47,13 +53,15 @@ class Forward:
             check_mergeable(model)
         self.model, self.pool, self._merge_share = model, pool, merge_share
         self._pooled = pooling(model, pool)
-        self._device_type = next(model.parameters()).device.type
+        self._device_type = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device.type
+        self.arithmetic: Arithmetic = "plain"
         self.dtype, self._autocast = torch.float32, torch.float32
 
     def lowered(self, precision: Precision, mixed: bool) -> Forward:
         """A copy in half precision, whole or mixed."""
         lower = Forward(copy.deepcopy(self.model), self.pool, self._merge_share)
         half = DTYPES[precision]
+        lower.arithmetic = "mixed" if mixed else "whole"
         if mixed:
             lower._autocast = half
         else:
@@ -93,12 +101,21 @@ class Forward:
 
 
 class Judged(NamedTuple):
-    """What runs, in which precision, length of its features, least cosine with plain float32 (None: it is that)."""
+    """What runs.
+
+    Attributes:
+        forward: the network.
+        precision: of its arithmetic.
+        dim: length of its features.
+        cosine: least cosine with plain float32; None: it is that.
+        compiled: what runs in place of ``forward``; None: nothing does.
+    """
 
     forward: Forward
     precision: Precision
     dim: int
     cosine: float | None = None
+    compiled: Callable[[Tensor], Tensor] | None = None
 
 
 def least_cosine(features_BD: Tensor, reference_BD: Tensor) -> float:
@@ -125,7 +142,9 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return cpu_has_bf16() if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def judge(plain: Forward, precision: Precision, settings: ExtractSettings, images_BCHW: Tensor, name: str) -> Judged:
+def judge(
+    plain: Forward, precision: Precision, settings: ExtractSettings, images_BCHW: Tensor, name: str, *, compiled: bool = False
+) -> Judged:
     """The fastest way to compute features that stays as close to plain float32 as ``extract.min_fidelity`` asks.
 
     Args:
@@ -134,6 +153,7 @@ def judge(plain: Forward, precision: Precision, settings: ExtractSettings, image
         settings: share of merged tokens, least cosine.
         images_BCHW: calibration tiles, normalised, on the device.
         name: of the encoder; when fp32 has to be used after all, it is said.
+        compiled: compile it; where that fails or features suffer, which is said, it runs as it is.
 
     Raises:
         UsageError: tokens cannot be merged, or features would suffer; it says which share would do.
@@ -142,18 +162,42 @@ def judge(plain: Forward, precision: Precision, settings: ExtractSettings, image
     judged = Judged(plain, "fp32", reference_BD.shape[1])
     if settings.merge_tokens:
         judged = _merging(judged, settings, images_BCHW, reference_BD)
+    if precision != "fp32":
+        judged = _lowered(judged, precision, settings.min_fidelity, images_BCHW, reference_BD, name)
+    return _compiled(judged, settings.min_fidelity, images_BCHW, reference_BD, name) if compiled else judged
+
+
+def _lowered(
+    judged: Judged, precision: Precision, min_fidelity: float, images_BCHW: Tensor, reference_BD: Tensor, name: str
+) -> Judged:
     missed = -1.0
     # Measured on 2 cores with AVX512-BF16, tiles per second and core: ViT-S 37 mixed, 39 whole, 32 with torch's autocast.
     ways = (True,) if images_BCHW.device.type == "cpu" else (False, True)
-    for mixed in () if precision == "fp32" else ways:
+    for mixed in ways:
         lower = judged.forward.lowered(precision, mixed)
         cosine = _cosine_if_it_runs(lower, images_BCHW, reference_BD)
-        if cosine >= settings.min_fidelity:
+        if cosine >= min_fidelity:
             return Judged(lower, precision, judged.dim, cosine)
         missed = max(missed, cosine)
-    if precision != "fp32":
-        how = f"agree with fp32 only to a cosine of {missed:.5f}, extract.min_fidelity is {settings.min_fidelity:g}"
-        say(f"{name}: features in {precision} {how}; fp32 is used")
+    how = f"agree with fp32 only to a cosine of {missed:.5f}, extract.min_fidelity is {min_fidelity:g}"
+    say(f"{name}: features in {precision} {how}; fp32 is used")
+    return judged
+
+
+def _compiled(judged: Judged, min_fidelity: float, images_BCHW: Tensor, reference_BD: Tensor, name: str) -> Judged:
+    """The same, compiled for each size of a batch when it first comes."""
+    compiled: Callable[[Tensor], Tensor] = torch.compile(judged.forward.__call__, dynamic=False)
+    try:
+        cosine = least_cosine(compiled(images_BCHW), reference_BD)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        say(f"{name}: cannot be compiled here, it runs as it is ({str(error).strip().splitlines()[0][:200]})")
+        return judged
+    if cosine >= min_fidelity:
+        return judged._replace(cosine=cosine, compiled=compiled)
+    how = f"agree with fp32 only to a cosine of {cosine:.5f}, extract.min_fidelity is {min_fidelity:g}"
+    say(f"{name}: features of the compiled network {how}; it runs as it is")
     return judged
 
 

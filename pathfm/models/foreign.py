@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -147,8 +149,8 @@ def check_side(side_px: int, patch_px: int) -> None:
         raise UsageError(what, where="extract.input_px", fix=f"use {side_px // patch_px * patch_px or patch_px}")
 
 
-def python_network(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """What a user's function ``MODULE:FUNCTION`` returns: a network, and facts about its recipe.
+def python_network(name: str) -> tuple[nn.Module, dict[str, Any], str]:
+    """What a user's function ``MODULE:FUNCTION`` returns, a network and facts about its recipe, and its ``source_sha256``.
 
     The module is also looked for in the current folder. The function returns a module, or a module and a dict with fields of
     ``EncoderCard``, ``card`` (the name of a card whose recipe holds) and ``prefix_tokens``.
@@ -173,7 +175,13 @@ def python_network(name: str) -> tuple[nn.Module, dict[str, Any]]:
         near = difflib.get_close_matches(unknown[0], sorted(_FACTS | {"card", PREFIX_TOKENS}), n=1)
         fix = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(_FACTS))}"
         raise UsageError(f"{name} states {unknown[0]!r}, which no recipe has", where=WHERE, fix=fix)
-    return network, dict(facts)
+    return network, dict(facts), source_sha256(found, module)
+
+
+def source_sha256(function: object, module: str) -> str:
+    """Hash of the file that a function is written in, by default the module it was taken from; empty: there is none."""
+    file = getattr(inspect.getmodule(function) or importlib.import_module(module), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
 
 
 @contextmanager
@@ -223,12 +231,15 @@ def measured(model: nn.Module, card: EncoderCard) -> EncoderCard:
     """The card with the dimension that the network really has, found with one blank image.
 
     Raises:
-        UsageError: it has another one than the card states.
+        UsageError: it has another one than the card states, or gives no vectors.
     """
     with torch.inference_mode():
         features: Tensor = model.eval().forward_features(torch.zeros(1, 3, card.input_px, card.input_px))  # type: ignore[operator]
         vectors: Tensor = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-    width = vectors.shape[1] if card.pooling == "average" or features.ndim != 3 else features.shape[2]
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2:
+        raise UsageError(f"the head of {type(model).__name__} does not give one vector per tile", where=WHERE)
+    is_row = isinstance(features, Tensor) and features.ndim == 3 and card.pooling != "average"
+    width = features.shape[2] if is_row else vectors.shape[1]
     dim = width * (2 if card.pooling == "cls+mean" else 1)
     if card.dim not in (0, dim):
         raise UsageError(f"the network gives {dim} numbers per tile, the card {card.name} has {card.dim}", where=WHERE)

@@ -7,6 +7,8 @@ a map [B, D, h, w] ([B, h, w, D] for some of timm's), and ``forward_head(feature
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +20,10 @@ from torch import nn
 from pathfm.errors import UsageError
 from pathfm.log import get_log
 from pathfm.models.cards import EncoderCard, card_of_hub, find_card, similar_cards
-from pathfm.models.encoder_folders import RECIPE, load_folder
+from pathfm.models.encoder_folders import RECIPE, as_configured, load_folder
 from pathfm.models.foreign import StageFeatures, measured, python_card, python_network, transformers_network, wrapped
 from pathfm.models.hugging_face import WEIGHT_NAMES, hub_file, hub_folder, weight_names
+from pathfm.models.pooling import prefix_tokens
 from pathfm.models.state_files import load_state, read_state
 from pathfm.models.timm_networks import check_known, created, published, timm_card, untrained
 from pathfm.store.commit import read_json
@@ -30,12 +33,31 @@ AS_TIMM = "@timm"
 """After the name of a timm network: fed and read exactly as timm evaluates it."""
 
 
+CONFIGURED = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+"""Fields of a transformers configuration that decide features and leave no trace in the weights."""
+
+
 class Network(NamedTuple):
-    """A network on the CPU, how it is fed and read, and the name for records (of a path its last part only)."""
+    """A network on the CPU and how it is fed and read.
+
+    Attributes:
+        model: keeps the contract above.
+        card: how it is built, fed and read.
+        name: for records; of a path its last part only.
+        code: hash of the user's own file that makes it; empty: none does.
+    """
 
     model: nn.Module
     card: EncoderCard
     name: str
+    code: str = ""
+
+    def digest(self) -> str:
+        """What is computed with the weights, as 16 hex digits; neither places nor the side of images play a role."""
+        card, config = self.card, getattr(getattr(self.model, "network", None), "config", None)
+        built = card.architecture.partition(".")[0], dict(card.arguments), card.stage, prefix_tokens(self.model)
+        said = *built, self.code, [getattr(config, field, None) for field in CONFIGURED]
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def load_network(name: str, input_px: int | None = None, weights: Path | None = None) -> Network:
@@ -114,7 +136,8 @@ def _as_configured(card: EncoderCard, input_px: int | None, weights: Path | None
     model = _checked(f"local-dir:{folder}", input_px, card.name)
     found = timm_card(model, card.name, as_timm=True)
     read = {key: getattr(found, key) for key in ("input_px", "resize_px", "mean", "std", "interpolation", "parameters")}
-    return Network(model, measured(model, dataclasses.replace(card, **read)), card.name)
+    built = as_configured(dataclasses.replace(card, **read), read_json(folder / "config.json"))
+    return Network(model, measured(model, built), card.name)
 
 
 def _checked(name: str, input_px: int | None, encoder: str) -> nn.Module:
@@ -168,12 +191,7 @@ def _of_hub(name: str, input_px: int | None) -> Network:
         fix = "load it in a function of your own, and use python:MODULE:FUNCTION"
         raise UsageError(f"{name} is no network of timm, and its recipe is unknown", where=WHERE, fix=fix)
     model = _checked(f"local-dir:{folder}", input_px, name)
-    card = dataclasses.replace(
-        timm_card(model, f"hf-hub:{name}"),
-        architecture=str(config.get("architecture", "")),
-        arguments=config.get("model_args", {}),
-        hub_id=name,
-    )
+    card = as_configured(dataclasses.replace(timm_card(model, f"hf-hub:{name}"), hub_id=name), config)
     return Network(model, card, f"hf-hub:{name}")
 
 
@@ -201,14 +219,14 @@ def _untrained(name: str, input_px: int | None) -> Network:
 
 
 def _of_python(name: str, input_px: int | None) -> Network:
-    network, facts = python_network(name)
+    network, facts, code = python_network(name)
     shown = f"python:{name}"
     if hasattr(network, "pretrained_cfg") and not facts:
-        return Network(network, timm_card(network, shown), shown)
+        return Network(network, timm_card(network, shown), shown, code)
     model, card = wrapped(network, facts), python_card(shown, facts)
     if input_px:
         card = _for_side(card, input_px)
-    return Network(model, measured(model, card), shown)
+    return Network(model, measured(model, card), shown, code)
 
 
 SCHEMES: dict[str, Callable[[str, int | None], Network]] = {

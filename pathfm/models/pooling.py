@@ -18,9 +18,18 @@ GEM_POWER = 3.0
 _WHERE = "extract.pooling"
 
 
+def prefix_tokens(model: nn.Module) -> int:
+    """How many of a network's tokens come before those of the patches: as it says, else its class tokens (CoaT, PiT, VOLO)."""
+    stated = getattr(model, "num_prefix_tokens", None)
+    if stated is not None:
+        return int(stated)
+    tokens = [token for name, token in model.named_parameters(recurse=False) if name.startswith("cls_token")]
+    return max((token.shape[1] if token.ndim == 3 else 1 for token in tokens), default=0)
+
+
 def has_class_token(model: nn.Module) -> bool:
     """Whether the first of a network's tokens stands for the whole picture. Registers alone are prefix tokens too."""
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    prefix = prefix_tokens(model)
     return prefix > 0 and getattr(model, "cls_token", prefix) is not None
 
 
@@ -33,7 +42,8 @@ def pooling(model: nn.Module, rule: str) -> Pool:
             attention pool a network was trained with), or average: whatever the network's own head does before its classifier.
 
     Raises:
-        UsageError: the network has no class token, or no attention pool.
+        UsageError: the network has no class token, or no attention pool; also by the function, where what the network gives is
+            nothing that the rule could take.
     """
     if rule in {"cls", "cls+mean"} and not has_class_token(model):
         what = f"pooling {rule} needs a class token, and {type(model).__name__} has none"
@@ -41,11 +51,11 @@ def pooling(model: nn.Module, rule: str) -> Pool:
     if rule == "map-attention" and getattr(model, "attn_pool", None) is None:
         what = f"{type(model).__name__} was made without an attention pool"
         raise UsageError(what, where=_WHERE, fix="use mean, gem or average")
-    head: Pool = lambda output: model.forward_head(output, pre_logits=True)  # type: ignore[operator]  # noqa: E731
+    head: Pool = lambda output: _head(model, output)  # noqa: E731
     rules: dict[str, Pool] = {
-        "cls": lambda output: output[:, 0],
+        "cls": lambda output: _class_token(model, output),
         "mean": lambda output: _mean(patches(model, output)),
-        "cls+mean": lambda output: torch.cat([output[:, 0].float(), _mean(patches(model, output))], dim=1),
+        "cls+mean": lambda output: torch.cat([_class_token(model, output).float(), _mean(patches(model, output))], dim=1),
         "gem": lambda output: gem(patches(model, output)),
         "map-attention": head,
         "average": head,
@@ -66,10 +76,12 @@ def patches(model: nn.Module, output: Tensor) -> Tensor:
     Raises:
         UsageError: the network gives neither.
     """
-    if output.ndim == 3:
-        return output[:, int(getattr(model, "num_prefix_tokens", 0)) :]
-    if output.ndim != 4:
-        what = f"{type(model).__name__} gives one vector per tile and no patches"
+    prefix = prefix_tokens(model)
+    tokens = output.shape[1] if isinstance(output, Tensor) and output.ndim == 3 else 0
+    if tokens > prefix:
+        return output[:, prefix:]
+    if not isinstance(output, Tensor) or output.ndim != 4:
+        what = f"{type(model).__name__} gives {_said(output)} per tile and no patches"
         raise UsageError(what, where=_WHERE, fix="use average, and no dense features")
     is_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     return output.flatten(1, 2) if is_last else output.flatten(2).mT
@@ -87,6 +99,28 @@ def patch_map(model: nn.Module, output: Tensor) -> Tensor:
         what = f"the {patches_BPD.shape[1]} tokens of {type(model).__name__} are no square grid"
         raise UsageError(what, where="extract.dense", fix="use an encoder with one token per patch")
     return patches_BPD.reshape(len(output), side, side, -1).float()
+
+
+def _said(output: object) -> str:
+    """What a network gives for a tile, in words."""
+    if not isinstance(output, Tensor):
+        return f"a {type(output).__name__} of features"
+    return "class tokens" if output.ndim == 3 else "one vector"
+
+
+def _class_token(model: nn.Module, output: Tensor) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim != 3:
+        what = f"{type(model).__name__} gives {_said(output)} per tile and no row of tokens"
+        raise UsageError(what, where=_WHERE, fix="use average, and no dense features")
+    return output[:, 0]
+
+
+def _head(model: nn.Module, output: Tensor) -> Tensor:
+    vectors: Tensor = model.forward_head(output, pre_logits=True)  # type: ignore[operator]
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2:
+        what = f"the head of {type(model).__name__} does not give one vector per tile"
+        raise UsageError(what, where=_WHERE, fix="use mean or gem")
+    return vectors
 
 
 def _mean(patches_BPD: Tensor) -> Tensor:

@@ -8,13 +8,10 @@ Shapes: N tiles, D features of a tile or of the slide.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from pathfm.config import did_you_mean
 from pathfm.errors import MissingExtraError, SlideError, UsageError
 from pathfm.models.cards import CARDS, EncoderCard
 from pathfm.models.encoders import weights_sha256
+from pathfm.models.foreign import source_sha256
 
 Features = npt.NDArray[np.floating[Any]]
 Coords = npt.NDArray[np.int64]
@@ -134,9 +132,7 @@ def _own_function(name: str) -> SlideEncoder:
         raise UsageError(f"the slide encoder {name} cannot be imported: {error}", where=WHERE, fix=fix) from error
     if not callable(function):
         raise UsageError(f"the slide encoder {name} is not a function", where=WHERE, fix="name a function")
-    source = inspect.getsourcefile(inspect.getmodule(function) or importlib.import_module(module_name))
-    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-    return SlideEncoder(name, f"{name} {code}", function)
+    return SlideEncoder(name, f"{name} {source_sha256(function, module_name)}", function)
 
 
 def _titan(device: torch.device) -> SlideEncoder:

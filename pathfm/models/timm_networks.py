@@ -115,7 +115,7 @@ def timm_card(model: nn.Module, name: str, *, as_timm: bool = False) -> EncoderC
     """
     facts: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     side = int(facts["input_size"][-1])
-    both = has_class_token(model) and not as_timm
+    both = hasattr(model, "num_prefix_tokens") and has_class_token(model) and not as_timm
     width = int(getattr(model, "num_features" if both else "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     tag = config.get("tag")

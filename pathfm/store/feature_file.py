@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pathfm.errors import StoreError
 from pathfm.faults import crash_point
 from pathfm.store.commit import commit_file, disk_errors
+from pathfm.store.hdf5_draft import write_hdf5
 
 FORMAT = "pathfm-features"
 VERSION = 2
@@ -35,7 +36,7 @@ LOOKED_AT = 16
 """Rows whose checksum a quick look compares, evenly spread, the first and the last among them."""
 BLOCK_ROWS = 4096
 REDO = "delete it and run `pathfm extract` again"
-DAMAGE = (OSError, EOFError, ArithmeticError, LookupError, TypeError, ValueError, RuntimeError)
+DAMAGE = (OSError, EOFError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 """What h5py raises on files that are damaged or something else."""
 
 _UNWRITTEN = 255
@@ -159,7 +160,8 @@ class FeatureWriter:
     @contextmanager
     def _committed(self) -> Iterator[None]:
         with commit_file(self.path, self._check) as temporary:
-            self._starts = self._lay_out(temporary)
+            # One layout, whatever the version of HDF5.
+            self._starts = write_hdf5(temporary, ("v110", "v110"), self._lay_out)
             self._handle = os.open(temporary, os.O_WRONLY)
             try:
                 yield
@@ -168,21 +170,20 @@ class FeatureWriter:
             finally:
                 os.close(self._handle)
 
-    def _lay_out(self, path: Path) -> dict[str, int]:
-        """Writes the file without its data, and says where in it the data of each dataset start."""
+    def _lay_out(self, file: h5py.File) -> dict[str, int]:
+        """Fills the file but for its data, and says where in it the data of each dataset start."""
         shapes = {"features": (len(self._valid), self.dim), "coords": self._coords.shape}
-        with h5py.File(path, "w", libver=("v110", "v110")) as file:  # one layout, whatever the version of HDF5
-            created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            created.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            created.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            created.set_obj_track_times(False)  # the same features give the same bytes
-            starts = {}
-            for name, types in TYPES.items():
-                kind = h5py.h5t.py_create(self.dtype if name == "features" else np.dtype(types[0]))
-                space = h5py.h5s.create_simple(shapes.get(name, self._valid.shape))
-                starts[name] = h5py.h5d.create(file.id, name.encode(), kind, space, created).get_offset() or 0
-            for name, value in sorted(self._attrs.items()):
-                _put_attribute(file, name, value)
+        created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        created.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        created.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        created.set_obj_track_times(False)  # the same features give the same bytes
+        starts = {}
+        for name, types in TYPES.items():
+            kind = h5py.h5t.py_create(self.dtype if name == "features" else np.dtype(types[0]))
+            space = h5py.h5s.create_simple(shapes.get(name, self._valid.shape))
+            starts[name] = h5py.h5d.create(file.id, name.encode(), kind, space, created).get_offset() or 0
+        for name, value in sorted(self._attrs.items()):
+            _put_attribute(file, name, value)
         return starts
 
     def _finish(self) -> None:
@@ -241,15 +242,19 @@ def read_feature_attrs(path: Path) -> dict[str, Any] | None:
 
     The look takes in everything but the data, and the checksums of a few rows; ``open_features`` compares all of them.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            attrs = _checked_attrs(path, file)
-            last = file["features"].shape[0] - 1
-            some = np.unique(np.linspace(0, last, LOOKED_AT).round().astype(np.int64)) if last >= 0 else np.arange(0)
-            _check_rows(path, _read_rows(file, some, some))
-            return attrs
-    except (StoreError, *DAMAGE):
-        return None
+    for _ in range(2):  # a network drive loses a file that another machine replaces while it is read: the new one is looked at
+        try:
+            with h5py.File(path, "r") as file:
+                attrs = _checked_attrs(path, file)
+                last = file["features"].shape[0] - 1
+                some = np.unique(np.linspace(0, last, LOOKED_AT).round().astype(np.int64)) if last >= 0 else np.arange(0)
+                _check_rows(path, _read_rows(file, some, some))
+                return attrs
+        except FileNotFoundError:
+            return None
+        except (StoreError, *DAMAGE):
+            continue
+    return None
 
 
 class _Rows(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pathfm.errors import StoreError
 from pathfm.store.commit import commit_file
+from pathfm.store.hdf5_draft import write_hdf5
 
 FORMAT = "pathfm-slide-vector"
 VERSION = 1
@@ -39,17 +40,26 @@ class SlideVector:
         return str(self.attrs["fingerprint"])
 
 
-def write_slide_vector(path: Path, vector_D: npt.NDArray[np.float32], attrs: Mapping[str, str | int | float | bool]) -> None:
-    """Writes a slide's vector, whole or not at all.
+def write_slide_vector(
+    path: Path,
+    vector_D: npt.NDArray[np.float32],
+    attrs: Mapping[str, str | int | float | bool],
+    check: Callable[[], None] | None = None,
+) -> None:
+    """Writes a slide's vector, whole or not at all. ``check`` is called last; when it raises, nothing changes.
 
     Raises:
         StoreError: it is no vector, or not finite; or the drive is full or failing.
     """
     if vector_D.ndim != 1 or not np.isfinite(vector_D).all():
         raise StoreError("a slide's vector must be one row of finite numbers", where=str(path))
-    with commit_file(path) as temporary, h5py.File(temporary, "w", libver="latest") as file:
+
+    def fill(file: h5py.File) -> None:
         file.create_dataset("vector", data=vector_D.astype(np.float32), track_times=False)
         file.attrs.update({"format": FORMAT, "version": VERSION, **dict(attrs)})
+
+    with commit_file(path, check) as temporary:
+        write_hdf5(temporary, "latest", fill)
 
 
 def open_slide_vector(path: Path | str) -> SlideVector:
@@ -78,12 +88,23 @@ def open_slide_vector(path: Path | str) -> SlideVector:
     return SlideVector(vector, attrs)
 
 
+def is_slide_table(path: Path, vectors: Mapping[str, npt.NDArray[np.float32]]) -> bool:
+    """Whether the table is there and says exactly this."""
+    return path.is_file() and path.read_bytes() == _table(path, vectors)
+
+
 def write_slide_table(path: Path, vectors: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Writes ``slide_id,v0,v1,...`` as CSV, sorted by slide id; every float32 reads back as it was. Nothing if nothing changed.
 
     Raises:
         StoreError: the vectors differ in length, or the drive is full or failing.
     """
+    if not is_slide_table(path, vectors):
+        with commit_file(path) as temporary:
+            temporary.write_bytes(_table(path, vectors))
+
+
+def _table(path: Path, vectors: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
     lengths = {len(vector) for vector in vectors.values()}
     if len(lengths) > 1:
         raise StoreError(f"slide vectors of different lengths ({sorted(lengths)}) make no table", where=str(path))
@@ -92,8 +113,4 @@ def write_slide_table(path: Path, vectors: Mapping[str, npt.NDArray[np.float32]]
     table.writerow(["slide_id", *(f"v{number}" for number in range(max(lengths, default=0)))])
     for slide_id, vector in sorted(vectors.items()):
         table.writerow([slide_id, *(f"{value:.9g}" for value in vector.tolist())])
-    content = text.getvalue().encode("utf-8")
-    if path.is_file() and path.read_bytes() == content:
-        return
-    with commit_file(path) as temporary:
-        temporary.write_bytes(content)
+    return text.getvalue().encode("utf-8")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -21,6 +23,7 @@ from pathfm.models.cards import CARDS
 from pathfm.models.slide_encoders import SLIDE_ENCODERS, SlideEncoder, grid_places, load_slide_encoder
 from pathfm.store.commit import content_digest
 from pathfm.store.feature_file import FeatureWriter
+from pathfm.store.lease import Lease, LeaseLostError, Leases
 from pathfm.store.slide_vectors import open_slide_vector, write_slide_table, write_slide_vector
 
 CPU = torch.device("cpu")
@@ -99,6 +102,60 @@ def test_what_is_current_is_kept_and_what_is_stale_is_made_again(tmp_path, cohor
     assert set(statuses(write_slide_vectors(cohort, home, newer)).values()) == {"done"}
 
 
+def test_jobs_at_the_same_time_encode_each_slide_once_and_leave_a_table_of_all(tmp_path, cohort):
+    encoded, both = [], threading.Barrier(2, timeout=20)
+
+    def pool(features, coords, side):
+        encoded.append(float(features[0, 0]))
+        if len(encoded) <= 2:
+            both.wait()  # each job holds a slide that the other one wants
+        return features.mean(axis=0)
+
+    encoder, home = SlideEncoder("own", "own 1", pool), tmp_path / "slides"
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(write_slide_vectors, cohort, home, encoder, 6.0) for _ in range(2)]
+        found = [statuses(job.result()) for job in jobs]
+    assert len(encoded) == 3
+    assert all({found[0][name], found[1][name]} == {"done", "kept"} for name in "abc")
+    assert sorted(path.name for path in home.rglob("*")) == ["a.h5", "b.h5", "c.h5", "own", "own.csv"]
+    assert [line[0] for line in (home / "own.csv").read_text().splitlines()] == ["s", "a", "b", "c"]
+
+
+def test_a_job_that_listed_its_files_earlier_leaves_a_table_of_all(tmp_path, cohort):
+    home, plain = tmp_path / "slides", SlideEncoder("own", "own 1", slide_encoders.mean_vector)
+
+    def pool(features, coords, side):
+        write_slide_vectors(cohort[1:], home, plain)  # another job comes and goes meanwhile
+        write_slide(tmp_path / "d.h5")
+        return features.mean(axis=0)
+
+    [outcome] = write_slide_vectors(cohort[:1], home, SlideEncoder("own", "own 1", pool))
+    assert outcome.status == "done"
+    assert [line[0] for line in (home / "own.csv").read_text().splitlines()] == ["s", "a", "b", "c"]
+    write_slide(cohort[0], fingerprint="other features")
+    write_slide_vectors(cohort[1:], home, plain)
+    assert [line[0] for line in (home / "own.csv").read_text().splitlines()] == ["s", "a", "c"]  # b's is stale
+
+
+def test_a_finished_study_may_lie_on_a_drive_that_cannot_be_written(tmp_path, cohort, monkeypatch):
+    home, encoder = tmp_path / "slides", load_slide_encoder("mean", CPU)
+    write_slide_vectors(cohort, home, encoder)
+    monkeypatch.setattr(Leases, "take", lambda *_: pytest.fail("a file is written"))
+    assert set(statuses(write_slide_vectors(cohort, home, encoder)).values()) == {"kept"}
+
+
+def test_a_vector_whose_lease_was_lost_is_not_written(tmp_path, cohort, monkeypatch):
+    home, encoder = tmp_path / "slides", load_slide_encoder("mean", CPU)
+
+    def lost(lease):
+        raise LeaseLostError("another process has taken it over")
+
+    monkeypatch.setattr(Lease, "check", lost)
+    outcomes = write_slide_vectors(cohort, home, encoder)
+    assert {outcome.status for outcome in outcomes} == {"failed"} and "taken it over" in outcomes[0].reason
+    assert list((home / "mean").iterdir()) == []
+
+
 def test_a_slide_that_fails_ends_nothing_and_leaves_nothing(tmp_path, cohort):
     def pool(features, coords, side):
         if len(features) == 2:
@@ -114,7 +171,13 @@ def test_a_slide_that_fails_ends_nothing_and_leaves_nothing(tmp_path, cohort):
     paths = [*cohort, tmp_path / "d.h5", tmp_path / "e.h5", tmp_path / "absent.h5"]
     outcomes = {outcome.slide_id: outcome for outcome in write_slide_vectors(paths, home, encoder)}
     assert [path.stem for path in paths] == list(outcomes) and outcomes["c"].status == "kept"
-    reasons = {"a": "index 7", "b": "not finite", "d": "no valid tile", "e": "absent or damaged", "absent": "absent or damaged"}
+    reasons = {
+        "a": "index 7",
+        "b": "not finite",
+        "d": "no valid tile",
+        "e": "damaged feature file",
+        "absent": "no feature file",
+    }
     for slide_id, words in reasons.items():
         assert outcomes[slide_id].status == "failed" and words in outcomes[slide_id].reason
     assert [file.name for file in (home / "own").iterdir()] == ["c.h5"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import h5py
 import numpy as np
@@ -18,7 +19,8 @@ from pathfm.store.commit import content_digest
 from pathfm.store.dense_store import open_dense
 from pathfm.store.feature_file import open_features
 from pathfm.store.layout import Layout
-from pathfm.store.tile_store import open_tiles, write_tiles
+from pathfm.store.lease import Lease, LeaseLostError, Leases
+from pathfm.store.tile_store import TileStore, open_tiles, write_tiles
 from pathfm.study import ExtractSettings
 
 ENCODER = "untrained:vit_tiny_patch16_224"
@@ -217,6 +219,53 @@ def test_a_full_disk_is_said_and_the_next_run_goes_on(fresh, monkeypatch):
     assert not list(layout.out.glob("features/*/*/.*"))
 
 
+def test_a_slide_that_another_process_holds_is_waited_for(tiled, fresh):
+    layout, cohort = tiled
+    made = run_extract(_study(layout), cohort, layout)
+    held = Leases(60.0)
+    lease = held.take(Layout(fresh[0].out, layout.spec).out / made.sets["main"].folder.relative_to(layout.out) / "s1.h5")
+    threading.Timer(3.0, lease.release).start()
+    try:
+        done = run_extract(_study(fresh[0]), cohort, fresh[0])
+    finally:
+        held.close()
+    assert statuses(done) == {**{f"s{number}": "done" for number in range(len(COUNTS))}, "untiled": "failed"}
+    assert files(fresh[0]) == files(layout)
+
+
+def test_a_slide_whose_lease_is_lost_is_tried_again(fresh, monkeypatch):
+    layout, cohort = fresh
+    lost = []
+
+    def check(lease):
+        if not lost:
+            lost.append(lease)
+            raise LeaseLostError("another process has taken it over")
+
+    monkeypatch.setattr(Lease, "check", check)
+    done = run_extract(_study(layout), cohort, layout)
+    assert lost
+    assert list(statuses(done).values()) == ["done"] * 4 + ["failed"]
+
+
+def test_a_slide_that_cannot_be_read_does_not_stop_the_others(fresh, monkeypatch):
+    """An error of a drive while reading concerns one slide; only one of writing concerns them all."""
+    layout, cohort = fresh
+    plain = TileStore.__getitem__
+
+    def read(store, index):
+        if store.slide_id != "s0":
+            return plain(store, index)
+        try:
+            raise OSError(5, "Input/output error")
+        except OSError as error:
+            raise StoreError("shard cannot be opened") from error
+
+    monkeypatch.setattr(TileStore, "__getitem__", read)
+    done = run_extract(_study(layout, "compute.batch_size=1"), cohort, layout)
+    assert list(statuses(done).values()) == ["failed", "done", "done", "done", "failed"]
+
+
 def test_tiles_that_are_stale_are_not_used(tiled):
     layout, cohort = tiled
     done = run_extract(_study(layout), cohort, layout, stale_tiles={"s1"})
@@ -251,6 +300,7 @@ def test_dense_features_and_slide_vectors_come_with_the_features(fresh):
         np.testing.assert_allclose(dense.read(range(count)).mean(axis=(1, 2)), features.features, atol=1e-4)
         np.testing.assert_array_equal(dense.coords, features.coords)
     assert {path.name for path in (main / "slides").iterdir()} >= {"mean", "max"}
+    assert done.vectors.statuses == {"done": 8}
     again = run_extract(_study(layout, *settings), cohort, layout)
     assert list(statuses(again).values()) == ["kept"] * 4 + ["failed"]
 

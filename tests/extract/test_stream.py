@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -191,7 +193,7 @@ def bare_store(tmp_path):
 def test_tiles_come_straight_from_a_slide_and_unreadable_ones_are_noted(stores, bare_store):
     work = SlideWork(bare_store, (0,))
 
-    def pixels_of(store):
+    def pixels_of(store, threads):
         return (None if tile == 4 else marked(1, tile) for tile in range(20))
 
     log, _, _ = run([SlideWork(stores[2], (0,)), work], 8, pixels_of=pixels_of)
@@ -201,11 +203,57 @@ def test_tiles_come_straight_from_a_slide_and_unreadable_ones_are_noted(stores, 
 
 
 def test_a_slide_that_breaks_off_or_is_unreadable_altogether_fails(stores, bare_store):
-    def breaks(store):
+    def breaks(store, threads):
         yield from (marked(1, tile) for tile in range(3))
         raise UnreadableSlideError("its file is damaged")
 
-    for pixels_of in (breaks, lambda store: iter([None] * 20)):
+    for pixels_of in (breaks, lambda store, threads: iter([None] * 20)):
         log, over, _ = run([SlideWork(bare_store, (0,)), SlideWork(stores[0], (0,))], 8, pixels_of=pixels_of)
         assert {work.slide_id: work.error is None for work in over} == {"bare": False, "s0": True}
         assert set(log) - {"aborted"} == {("s0", 0)}
+
+
+def test_what_nobody_foresaw_ends_one_slide_only(stores, bare_store):
+    def odd(store, threads):
+        yield marked(1, 0)
+        raise IndexError("nobody foresaw this")
+
+    log, over, _ = run([SlideWork(bare_store, (0,)), SlideWork(stores[2], (0,))], 8, pixels_of=odd)
+    errors = {work.slide_id: work.error and work.error.reason for work in over}
+    assert errors == {"bare": "internal error: nobody foresaw this (IndexError)", "s2": None}
+    assert len(log["s2", 0]) == 70
+
+
+def test_slides_are_opened_side_by_side(tmp_path):
+    from pathfm.geometry import Size
+
+    works = []
+    for slide in range(6):
+        writer = TileStoreWriter(tmp_path / str(slide), TileCodec("none"), 16)
+        for tile in range(5):
+            writer.append_encoded(b"", (16 * tile, 0))
+        writer.finish(TileStoreInfo(str(slide), "0", 16, 0.5, 16.0, Size(320, 16)), np.zeros((4, 4, 3), np.uint8))
+        works.append(SlideWork(open_tiles(tmp_path / str(slide)), (0, 1)))
+    open_now, most = set(), []
+
+    def slow(store, threads):
+        open_now.add(store.slide_id)
+        time.sleep(0.05)
+        most.append(len(open_now))
+        yield from (marked(int(store.slide_id), tile) for tile in range(5))
+        open_now.discard(store.slide_id)
+
+    log, _, _ = run(works, 40, host={1: (3, host_colour)}, pixels_of=slow)
+    assert max(most) > 1
+    for work in works:
+        for number in (0, 1):
+            for tile, row in log[work.slide_id, number].items():
+                np.testing.assert_array_equal(row, (int(work.slide_id) * 10 + 1, tile, 7))
+
+
+def test_tiles_of_other_sides_get_batches_of_their_own(stores, tmp_path):
+    path = tmp_path / "wide.zarr"
+    write_tiles(path, np.full((4, 32, 32, 3), 50, dtype=np.uint8), slide_id="wide", codec="zstd")
+    log, over, _ = run([SlideWork(stores[0], (0,)), SlideWork(open_tiles(path), (0,)), SlideWork(stores[3], (0,))], 64)
+    assert [work.error for work in over] == [None] * 3
+    assert len(log["wide", 0]) == 4

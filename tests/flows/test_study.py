@@ -129,7 +129,7 @@ def test_the_exported_encoder_is_plain_timm(finished):
         tokens = model.forward_features((torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - mean) / std)
     plain = torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(1)], dim=1).numpy()
     ours = load_encoder(f"local-dir:{teacher}", ExtractSettings(input_px=64, precision="fp32"), torch.device("cpu"))(tiles)
-    np.testing.assert_allclose(ours, plain, atol=1e-6)
+    np.testing.assert_allclose(ours, plain, atol=1e-5)
     kept = open_features(next((out / "features").glob("*/pretrained-*")) / f"{store.slide_id}.h5")
     np.testing.assert_allclose(kept.features[:4].astype(np.float32), plain, rtol=2e-3, atol=2e-3)
 

@@ -144,7 +144,8 @@ def test_the_recipe_holds_what_decides_features_and_no_float_noise():
     one = encoder(card={"resize_px": 71})
     kept = json.loads(json.dumps(dataclasses.asdict(one.recipe)))
     assert (kept["resize_px"], kept["input_px"], kept["dim"]) == (71, 64, 192) and kept["scales"] == [1]
-    assert dataclasses.replace(one.recipe, precision="bf16") == encoder(precision="bf16", card={"resize_px": 71}).recipe
+    half = encoder(precision="bf16", card={"resize_px": 71})
+    assert dataclasses.replace(one.recipe, precision="bf16", arithmetic="mixed") == half.recipe
     assert {field.name for field in dataclasses.fields(Recipe)}.isdisjoint({"fidelity", "device"})
 
 
@@ -204,5 +205,17 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", failing)
     ours = TileEncoder(network("vit"), ExtractSettings(precision="fp32"), CPU, compiled=True)
     tiles = calibration_tiles(2, 64)
-    assert np.array_equal(ours(tiles), encoder()(tiles))
+    assert np.array_equal(ours(tiles), encoder()(tiles)) and ours.recipe == encoder().recipe
     assert "cannot be compiled here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "passes"), [(1e-6, True), (10.0, False)])
+def test_a_compiled_network_is_judged_before_it_is_used(monkeypatch, capsys, error, passes):
+    """A compiler that makes errors stands in for torch's."""
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: lambda x: forward(x) + error * torch.arange(192))
+    ours = TileEncoder(network("vit"), ExtractSettings(precision="fp32"), CPU, compiled=True)
+    tiles = calibration_tiles(2, 64)
+    assert ours.recipe == dataclasses.replace(encoder().recipe, compiled=passes)
+    assert np.array_equal(ours(tiles), encoder()(tiles)) != passes
+    assert ("features of the compiled network agree with fp32 only" in capsys.readouterr().out) != passes
+    assert (ours.fidelity is None) != passes

@@ -76,6 +76,37 @@ def test_the_gate_falls_back_to_fp32_and_says_so(asked, capsys):
     assert cancelling(precision=asked, min_fidelity=0.0).recipe.precision == "bf16"
 
 
+@pytest.mark.parametrize(("asked", "arithmetic"), [("fp32", "plain"), ("bf16", "mixed"), ("auto", "mixed")])
+def test_the_arithmetic_is_on_record_and_another_precision_can_be_refused(asked, arithmetic):
+    ours = load(precision=asked)
+    assert ours.recipe.arithmetic == arithmetic and not ours.recipe.compiled
+    ours.check_precision()
+
+
+def test_a_precision_that_was_asked_for_and_is_not_used_can_be_refused():
+    cancelling(precision="auto").check_precision()
+    with pytest.raises(UsageError, match="cancelling is to run in bf16, and here it runs in fp32"):
+        cancelling(precision="bf16").check_precision()
+    with pytest.raises(UsageError, match="is to run in fp16, and here it runs in bf16"):
+        load(precision="fp16").check_precision()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_without_weights_runs(precision):
+    class Blocks(nn.Module):
+        num_features = 3
+
+        def forward_features(self, images):
+            return nn.functional.avg_pool2d(images, 16)
+
+        def forward_head(self, output, pre_logits=False):
+            return output.mean((2, 3))
+
+    card = dataclasses.replace(timm_card(timm.create_model("test_resnet"), "blocks"), input_px=64, resize_px=64)
+    ours = TileEncoder(Network(Blocks(), card, "blocks"), ExtractSettings(precision=precision), CPU)
+    assert ours(calibration_tiles(2, 64)).shape == (2, 3)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_networks_that_mix_number_types_are_left_in_fp32(mixed):
     class Strict(Cancelling):

@@ -1,9 +1,11 @@
 """Networks by name: every source gives one with a card, weights come whole or not at all, and messages say what to do."""
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -136,7 +138,7 @@ def test_timms_own_recipe_has_its_crop_and_its_head():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet18"])
 def test_another_side_makes_a_network_and_a_card_for_it(name):
-    model, card, _ = load_network(f"untrained:{name}", input_px=448)
+    model, card, *_ = load_network(f"untrained:{name}", input_px=448)
     assert (card.input_px, card.resize_px) == (448, 448)
     with torch.inference_mode():
         model.eval().forward_features(torch.zeros(1, 3, 448, 448))
@@ -151,7 +153,7 @@ def test_a_crop_grows_with_the_side(tiny):
 
 
 def test_a_card_untrained_keeps_its_recipe(tiny):
-    model, card, name = load_network("untrained:uni2-h")
+    model, card, name, _ = load_network("untrained:uni2-h")
     assert name == card.name == "untrained:uni2-h" and card.pooling == "cls" and card.precision == "bf16"
     assert model.num_prefix_tokens == 3
     assert load_network("untrained:uni2-h@slide2vec").card.precision == "fp16"
@@ -194,7 +196,7 @@ def test_an_official_dinov2_checkpoint_is_translated(tiny, tmp_path):
 def test_a_network_that_is_read_early_gives_that_stage(tmp_path):
     whole = timm.create_model("resnet50", num_classes=10).eval()
     save_file(whole.state_dict(), tmp_path / "w.safetensors")
-    model, card, _ = load_network("resnet50-trunc", weights=tmp_path / "w.safetensors")
+    model, card, *_ = load_network("resnet50-trunc", weights=tmp_path / "w.safetensors")
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         features = model.eval().forward_features(images)
@@ -264,7 +266,7 @@ def test_a_timm_network_of_the_hub_is_its_configuration(no_network):
         },
     }
     cached(no_network, "some/body", config__json=config, model__safetensors=source.state_dict())
-    model, card, name = load_network("hf-hub:some/body")
+    model, card, name, _ = load_network("hf-hub:some/body")
     assert name == card.name == "hf-hub:some/body" and (card.input_px, card.mean, card.interpolation) == (
         64,
         (0.1, 0.2, 0.3),
@@ -277,7 +279,7 @@ def test_a_timm_network_of_the_hub_is_its_configuration(no_network):
 def test_a_published_timm_network_comes_from_the_cache(no_network):
     source = timm.create_model("resnet18", num_classes=1000)
     cached(no_network, "timm/resnet18.a1_in1k", model__safetensors=source.state_dict())
-    model, card, _ = load_network("timm:resnet18")
+    model, card, *_ = load_network("timm:resnet18")
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert card.architecture == "resnet18.a1_in1k" and card.hub_id == "timm/resnet18.a1_in1k"
 
@@ -333,10 +335,13 @@ def test_an_export_of_ours_says_what_it_was_trained_on(tmp_path):
     export_encoder(
         build_backbone(settings, 32).eval(), settings, 32, {"mpp": 0.5, "tile_px": 64, "step": 1}, tmp_path / "teacher"
     )
-    model, card, name = load_network(f"local-dir:{tmp_path / 'teacher'}")
+    model, card, name, _ = load_network(f"local-dir:{tmp_path / 'teacher'}")
     assert name == "local-dir:teacher" and (card.mpp, card.tile_px, card.input_px) == ((0.5,), 64, 32)
     assert card.pooling == "cls+mean" and card.dim == 2 * model.num_features
     assert load_network(f"local-dir:{tmp_path / 'teacher'}", input_px=64).card.input_px == 64
+    shutil.copytree(tmp_path / "teacher", tmp_path / "elsewhere/mine")
+    places = ("teacher", None), ("teacher", 64), ("elsewhere/mine", None)
+    assert len({load_network(f"local-dir:{tmp_path / place}", side).digest() for place, side in places}) == 1
     (tmp_path / "teacher/model.safetensors").write_bytes(b"other")
     with pytest.raises(UsageError, match="the weights are not those the card was written for"):
         load_network(f"local-dir:{tmp_path / 'teacher'}")
@@ -348,16 +353,53 @@ def test_an_export_of_ours_says_what_it_was_trained_on(tmp_path):
 def test_a_folder_keeps_network_and_recipe(tiny, tmp_path, name):
     if "phikon" in name:
         pytest.importorskip("transformers")
-    model, card, _ = load_network(name)
+    model, card, *_ = load_network(name)
     write_folder(model, card, tmp_path / "e")
     found = load_network(f"local-dir:{tmp_path / 'e'}")
-    assert found.card == card and found.name == "local-dir:e"
+    assert found.card == card and found.name == "local-dir:e" and found.digest() == load_network(name).digest()
     assert all(torch.equal(found.model.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
     assert declared_input_px(f"local-dir:{tmp_path / 'e'}") == card.input_px
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("uni2-h", {"model_args": {"act_layer": "quick_gelu"}}),
+        ("phikon", {"hidden_act": "relu"}),
+        ("phikon", {"num_attention_heads": 2}),
+    ],
+)
+def test_a_changed_configuration_is_another_network_with_the_same_weights(tiny, tmp_path, name, change):
+    if name == "phikon":
+        pytest.importorskip("transformers")
+    network = load_network(f"untrained:{name}")
+    write_folder(network.model, network.card, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    assert load_network(f"local-dir:{tmp_path}").digest() == network.digest(), "the order of keys plays no role"
+    change = {key: config[key] | value if isinstance(value, dict) else value for key, value in change.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert load_network(f"local-dir:{tmp_path}").digest() != network.digest()
+
+
+def test_the_digest_of_a_network_sees_how_it_is_built_and_not_the_side_of_images():
+    names = [
+        "resnet18",
+        "resnet18@timm",
+        "resnet34",
+        "vit_tiny_patch16_224",
+        "vit_tiny_patch16_224.augreg_in21k",
+        "coat_lite_tiny",
+    ]
+    resnet, same, *others = (load_network(f"untrained:{name}").digest() for name in names)
+    assert resnet == same and len(resnet) == 16 and len({resnet, *others}) == 4
+    network = load_network("untrained:resnet18", 64)
+    assert network.digest() == resnet
+    assert network._replace(card=dataclasses.replace(network.card, stage=2)).digest() != resnet
+
+
 def test_plain_timm_loads_a_written_folder(tiny, tmp_path):
-    model, card, _ = load_network("untrained:uni2-h")
+    model, card, *_ = load_network("untrained:uni2-h")
     write_folder(model, card, tmp_path / "e")
     assert_same(timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True), model)
 
@@ -382,7 +424,7 @@ def test_networks_of_transformers_keep_the_contract(tiny, tmp_path, no_network, 
     source = made(made.config_class(**card.arguments), **pooler).eval()
     folder = cached(no_network, card.hub_id)
     source.save_pretrained(folder)
-    model, found, _ = load_network(name)
+    model, found, *_ = load_network(name)
     images = torch.randn(2, 3, 28, 28)
     with torch.inference_mode():
         tokens, wanted = model.eval().forward_features(images), source(images)
@@ -446,6 +488,11 @@ def sums():
     class Odd(torch.nn.Module):
         def forward(self, x): return x.sum()
     return Odd()
+def listed():
+    class Listed(torch.nn.Module):
+        def forward_features(self, x): return [x]
+        def forward_head(self, x, pre_logits): return x
+    return Listed()
 def timms():
     import timm
     return timm.create_model("vit_tiny_patch16_224", num_classes=0)
@@ -461,11 +508,11 @@ def own_module(tmp_path, monkeypatch):
 
 def test_a_function_of_the_users_own_gives_a_network_and_facts(own_module):
     paths = list(sys.path)
-    model, card, name = load_network("python:own_networks:tokens")
+    model, card, name, _ = load_network("python:own_networks:tokens")
     assert sys.path == paths and name == card.name == "python:own_networks:tokens"
     assert (card.dim, card.input_px, card.resize_px, card.mpp, card.pooling) == (16, 32, 32, (0.5, 1.0), "cls+mean")
     assert model.num_prefix_tokens == 5 and card.mean == (0.5, 0.5, 0.5) and card.precision == "bf16"
-    model, card, _ = load_network("python:own_networks:vectors", input_px=64)
+    model, card, *_ = load_network("python:own_networks:vectors", input_px=64)
     assert model.forward_features(torch.zeros(2, 3, 64, 64)).shape == (2, 8, 1, 1) and (card.dim, card.input_px) == (8, 64)
     assert "ImageNet" in card.note
     card = load_network("python:own_networks:hibou").card
@@ -478,9 +525,34 @@ OWN_MISTAKES = {
     "unknown": r"states 'maen', which no recipe has \(did you mean mean\?\)",
     "nocard": "names the card 'hibu', which does not exist",
     "nothing": "returns int",
+    "listed": "the head of Listed does not give one vector per tile",
     "sums": r"the network gives \[\]",
     "absent": "no function own_networks:absent",
 }
+
+
+def test_a_users_code_is_part_of_what_a_network_is(own_module, tmp_path, monkeypatch):
+    def digest(change=("", "")):
+        (tmp_path / "own_networks.py").write_text(MODULE.replace(*change))
+        importlib.invalidate_caches()
+        sys.modules.pop("own_networks", None)
+        return load_network("python:own_networks:tokens").digest()
+
+    first = digest()
+    assert digest() == first == load_network("python:own_networks:tokens", input_px=64).digest()
+    assert (
+        len(
+            {
+                first,
+                digest(("x.mean(dim=(2, 3))", "2 * x.mean(dim=(2, 3))")),
+                digest(('"prefix_tokens": 5', '"prefix_tokens": 4')),
+            }
+        )
+        == 3
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert digest() == first, "where the file lies plays no role"
 
 
 @pytest.mark.parametrize(("function", "message"), OWN_MISTAKES.items(), ids=OWN_MISTAKES)

@@ -78,6 +78,40 @@ def test_registers_are_no_class_token(vit):
     assert not has_class_token(network("test_vit", class_token=False, reg_tokens=2, global_pool="avg"))
 
 
+@pytest.mark.parametrize("name", ["coat_lite_tiny", "volo_d1_224"])
+def test_class_tokens_that_are_not_counted_are_no_patches(name):
+    model = network(name, img_size=64)
+    with torch.inference_mode():
+        tokens_BTD = model.forward_features(torch.randn(1, 3, 64, 64))
+    assert has_class_token(model) and torch.equal(pooling(model, "cls")(tokens_BTD), tokens_BTD[:, 0])
+    assert torch.equal(pooling(model, "mean")(tokens_BTD), tokens_BTD[:, 1:].mean(1))
+    assert torch.equal(pooling(model, "cls")(tokens_BTD), pooling(model, "average")(tokens_BTD))
+
+
+NO_PATCHES = {"pit_ti_distilled_224": "class tokens", "crossvit_tiny_240": "a list of features", "efficientvim_m1": "a list of"}
+
+
+@pytest.mark.parametrize(("name", "given"), NO_PATCHES.items())
+def test_networks_without_patch_tokens_are_read_by_their_own_head_only(name, given):
+    model = network(name)
+    side = model.default_cfg["input_size"][-1]
+    with torch.inference_mode():
+        output = model.forward_features(torch.randn(1, 3, side, side))
+        assert pooling(model, "average")(output).ndim == 2
+        for read in (pooling(model, "mean"), pooling(model, "gem"), lambda output: patch_map(model, output)):
+            with pytest.raises(UsageError, match=rf"gives {given}.* per tile and no patches \(use average"):
+                read(output)
+        if name == "crossvit_tiny_240":
+            with pytest.raises(UsageError, match="no row of tokens"):
+                pooling(model, "cls")(output)
+
+
+def test_a_head_that_gives_no_vectors_is_refused(vit, monkeypatch):
+    monkeypatch.setattr(vit, "forward_head", lambda output, pre_logits: (output, output))
+    with pytest.raises(UsageError, match="the head of VisionTransformer does not give one vector per tile"):
+        pooling(vit, "average")(torch.zeros(2, 104, 64))
+
+
 def test_vectors_and_oblongs_are_no_maps(vit):
     with pytest.raises(UsageError, match="no patches"):
         patches(vit, torch.zeros(2, 64))

@@ -196,6 +196,20 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch, r
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_current(tmp_path, monkeypatch):
+    _write(tmp_path / "a.h5")
+    errors = [OSError(errno.ESTALE, "Stale file handle")]
+
+    class File(h5py.File):
+        def __init__(self, *args):
+            if errors:
+                raise errors.pop()
+            super().__init__(*args)
+
+    monkeypatch.setattr(feature_file.h5py, "File", File)
+    assert read_feature_attrs(tmp_path / "a.h5")["fingerprint"] == "f" and not errors
+
+
 def test_a_write_that_stops_half_way_goes_on(tmp_path, monkeypatch):
     pwrite = os.pwrite
     monkeypatch.setattr(feature_file.os, "pwrite", lambda handle, data, offset: pwrite(handle, data[:3], offset))
@@ -294,6 +308,12 @@ def test_a_dataset_that_is_absent_or_of_another_shape_does_not_pass(tmp_path, mi
         assert read_feature_attrs(tmp_path / "a.h5") is None
         with pytest.raises(StoreError):
             open_features(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        del file[missing]
+        file.create_group(missing)
+    assert read_feature_attrs(tmp_path / "a.h5") is None
+    with pytest.raises(StoreError, match="damaged"):
+        open_features(tmp_path / "a.h5")
 
 
 def test_version_1_is_read(tmp_path):
