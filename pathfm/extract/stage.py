@@ -80,50 +80,47 @@ def run_extract(
         )
         without = study.extract.model_copy(update={"slide_vectors": ()})
         found = on_devices(work, study.model_copy(update={"extract": without}), devices)
-        report, sets_by_role = joined([extraction.report for extraction in found]), found[0].sets
-        return _ended(
-            Extraction(report, sets_by_role),
-            study,
-            started,
-            _slide_vectors(cohort, layout, sets_by_role[MAIN], vectors, study.compute.lease_s),
-        )
-    threads = use_threads(study.compute)
-    sets = load_sets(study, layout, own_encoder, pick_device(study.compute))
-    for features in sets.sets:
-        sweep(features.folder)
-    rows = shard_of(cohort.rows, study.compute.shard)
-    run = _Run(study, sets, pixels_of, threads)
-    works = _suited(list(_stale(rows, layout, stale_tiles, run)), run)
-    if works:
-        run.extract(works)
-    report = StageReport(STAGE, tuple(run.outcomes[row.slide_id] for row in rows), run.note, len(works))
-    return _ended(
-        Extraction(report, sets.by_role),
-        study,
-        started,
-        _slide_vectors(cohort, layout, sets.sets[0], vectors, study.compute.lease_s),
-    )
-
-
-def _ended(extraction: Extraction, study: Study, started: datetime.datetime, vectors: StageReport | None) -> Extraction:
-    """The extraction with its record written and its slide vectors told."""
+        extraction = Extraction(joined([each.report for each in found]), found[0].sets)
+    else:
+        threads = use_threads(study.compute)
+        sets = load_sets(study, layout, own_encoder, pick_device(study.compute))
+        run = _Run(study, sets, pixels_of, threads)
+        rows = shard_of(cohort.rows, study.compute.shard)
+        extraction = Extraction(_extracted(rows, layout, stale_tiles, run), sets.by_role)
     if extraction.report.worked:
         for features in extraction.sets.values():
             write_record(features.folder, extraction.report, study.extract, started, study.compute.shard)
-    return replace(extraction, vectors=vectors)
+    if not vectors:
+        return extraction
+    paths = _current_paths(cohort, layout, extraction.sets[MAIN])
+    return replace(extraction, vectors=_slide_vectors(paths, vectors, study.compute.lease_s))
 
 
-def _slide_vectors(cohort: Cohort, layout: Layout, main: FeatureSet, encoders: Sequence[SlideEncoder]) -> StageReport | None:
-    """Vectors of all slides whose features are up to date by now, also of those that other jobs made."""
-    if not encoders:
-        return None
+def _extracted(rows: Sequence[SlideRow], layout: Layout, stale_tiles: Collection[str], run: _Run) -> StageReport:
+    for features in run.sets.sets:
+        sweep(features.folder)
+    works = _suited(list(_stale(rows, layout, stale_tiles, run)), run)
+    if works:
+        run.extract(works)
+    return StageReport(STAGE, tuple(run.outcomes[row.slide_id] for row in rows), run.note, len(works))
+
+
+def _current_paths(cohort: Cohort, layout: Layout, main: FeatureSet) -> list[Path]:
+    """Features that are up to date by now, also those that other jobs made."""
     paths = []
     for row in cohort.rows:
         with suppress(StoreError):
             if main.is_current(open_tiles(layout.store(row.slide_id))):
                 paths.append(main.path(row.slide_id))
-    home = main.folder / "slides"
-    made = [outcome for encoder in encoders for outcome in write_slide_vectors(paths, home, encoder, lease_s)]
+    return paths
+
+
+def _slide_vectors(paths: Sequence[Path], encoders: Sequence[SlideEncoder], lease_s: float) -> StageReport:
+    made = [
+        outcome
+        for encoder in encoders
+        for outcome in (write_slide_vectors(paths, paths[0].parent / "slides", encoder, lease_s) if paths else ())
+    ]
     return StageReport("slide vectors", tuple(made))
 
 
