@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pathfm.extract.stage import run_extract
 from pathfm.geometry import Mpp, Size
 from pathfm.slides.reader import open_slide
 from pathfm.slides.synthetic import SyntheticSpec, draw_slide
 from pathfm.slides.synthetic_tiff import TiffOptions, write_pyramid
 from pathfm.store.cohort import Cohort, SlideRow
+from pathfm.store.feature_file import open_features
 from pathfm.store.layout import Layout
 from pathfm.store.tile_store import TileStore, open_tiles
 from pathfm.study import Study
@@ -77,3 +79,27 @@ def test_every_source_gives_the_same_tiles(slides, tmp_path):
     # Other sources are encoded for a store of JPEG tiles: near, and not the same.
     apart = kept["tiles"].read(range(len(expected))).astype(int) - passed.read(range(len(expected)))
     assert 0 < np.abs(apart).mean() < 4
+
+
+def test_every_source_gives_the_same_features(slides, tmp_path):
+    """Through the stage, from stores with pixels and straight from the slides: equal to the last bit, at the same places."""
+    found = []
+    for codec in ("zstd", "none"):
+        study, cohort, _ = tiled(slides, tmp_path, codec)
+        settings = {"encoder": "untrained:vit_tiny_patch16_224", "input_px": SIDE, "precision": "fp32", "dtype": "float32"}
+        study = study.model_copy(update={"extract": study.extract.model_copy(update=settings)})
+        rows = {row.slide_id: row for row in cohort.rows}
+
+        def pixels_of(store, threads, rows=rows, study=study):
+            return slide_pixels(rows[store.slide_id], study.tile, store, threads)
+
+        done = run_extract(study, cohort, Layout(tmp_path / codec, "tiles"), pixels_of=pixels_of)
+        assert [outcome.status for outcome in done.report.outcomes] == ["done"] * len(rows)
+        found += [open_features(done.sets["main"].path(name)) for name in rows]
+    on_slides = [file.coords for file in found if not file.attrs["coords_synthetic"]]
+    assert len(on_slides) == 6
+    for file in found:
+        np.testing.assert_array_equal(file.features, found[0].features)
+        assert file.valid.all()
+    for coords in on_slides:
+        np.testing.assert_array_equal(coords, on_slides[0])
