@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -130,7 +131,10 @@ def extract(
         list[str], typer.Argument(help="A study file or output folder; or slides, folders, globs, a cohort table.")
     ],
     encoder: Annotated[
-        str | None, typer.Option(help="A name of `pathfm encoders`, pretrained, timm:NAME, hf-hub:ORG/NAME, local-dir:PATH ...")
+        list[str] | None,
+        typer.Option(
+            help="A name of `pathfm encoders`, pretrained, timm:NAME, hf-hub:ORG/NAME, local-dir:PATH ... Repeatable."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder (needed for slides).")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: work on every n-th slide only, for array jobs.")] = None,
@@ -142,7 +146,13 @@ def extract(
     """
     from pathfm import extraction, workflow
 
-    options = {"extract.encoder": encoder, "out": out and out.absolute(), "compute.shard": shard or None}
+    first, also = (encoder[0], encoder[1:]) if encoder else (None, [])
+    options = {
+        "extract.encoder": first,
+        "extract.also": json.dumps(also) if also else None,
+        "out": out and out.absolute(),
+        "compute.shard": shard or None,
+    }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     study, tiles_too = extraction.study_for_extraction(sources, [*given, *(settings or [])])
     _finish(workflow.extract(study, tiles_too))

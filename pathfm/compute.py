@@ -43,7 +43,7 @@ def device_names(settings: ComputeSettings) -> list[str]:
     first = pick_device(settings)
     present = torch.cuda.device_count()
     if first.type == "cpu":
-        return ["cpu"] * max(1, settings.devices)
+        return ["cpu"] * min(max(1, settings.devices), usable_cores())
     if settings.devices == 1:
         return [str(first)]
     if settings.devices > present:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,28 @@ import numpy as np
 import numpy.typing as npt
 
 from pathfm.errors import UsageError
+from pathfm.log import say
 from pathfm.store.cohort import SlideRow
 from pathfm.store.tile_store import TileStore
-from pathfm.study import Study, TileSettings
+from pathfm.study import ExtractSettings, Study, TileSettings
 from pathfm.workflow import STUDY_SUFFIXES, Run, open_study, own_encoder, stores_of, study_from_sources
 
 if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
+
+OF_ENCODER = (
+    "also",
+    "weights",
+    "pooling",
+    "input_px",
+    "precision",
+    "symmetry",
+    "scales",
+    "merge_tokens",
+    "dense",
+    "slide_vectors",
+)
+"""Settings that are asked of one encoder."""
 
 
 def study_for_extraction(sources: Sequence[str], overrides: Sequence[str]) -> tuple[Study, bool]:
@@ -29,7 +45,7 @@ def study_for_extraction(sources: Sequence[str], overrides: Sequence[str]) -> tu
         UsageError: slides without an encoder or an output folder.
     """
     if len(sources) == 1 and (Path(sources[0]).suffix.lower() in STUDY_SUFFIXES or (Path(sources[0]) / "study.yaml").is_file()):
-        return open_study(Path(sources[0]), overrides), False
+        return _kept_study(Path(sources[0]), overrides), False
     given = dict(override.partition("=")[::2] for override in overrides)
     if given.get("extract.encoder", "pretrained") == "pretrained":
         raise UsageError(
@@ -45,6 +61,40 @@ def study_for_extraction(sources: Sequence[str], overrides: Sequence[str]) -> tu
     return study_from_sources(sources, overrides), True
 
 
+def _kept_study(source: Path, overrides: Sequence[str]) -> Study:
+    """The study of a file or folder. Another encoder does not inherit what was asked of the one before.
+
+    Raises:
+        UsageError: another output folder for a folder that has its own.
+    """
+    given = dict(override.partition("=")[::2] for override in overrides)
+    if source.is_dir() and "out" in given and Path(given["out"]).absolute() != source.absolute():
+        raise UsageError("the features of an output folder go into it", where="--out", fix="leave it out, or name the slides")
+    kept = open_study(source)
+    if not source.is_dir() or given.get("extract.encoder", kept.extract.encoder) == kept.extract.encoder:
+        return open_study(source, overrides)
+    plain = ExtractSettings()
+    forgotten = [name for name in OF_ENCODER if getattr(kept.extract, name) != getattr(plain, name)]
+    left = [f"extract.{name}={json.dumps(plain.model_dump(mode='json')[name])}" for name in forgotten]
+    told = [name for name in forgotten if f"extract.{name}" not in given]
+    if told:
+        say(f"note: what was set for {kept.extract.encoder} does not hold for another encoder: {', '.join(told)}")
+    return open_study(source, [*left, *overrides])
+
+
+def check_encoder(study: Study) -> None:
+    """Loads the study's public encoder once, so that what is wrong with it is known before slides are tiled.
+
+    Raises:
+        UsageError: there is no such encoder, or its weights are not to be had here.
+    """
+    from pathfm.compute import pick_device
+    from pathfm.models.encoders import load_encoder
+
+    if study.extract.encoder != "pretrained":
+        load_encoder(study.extract.encoder, study.extract, pick_device(study.compute))
+
+
 def run_extraction(run: Run) -> Extraction:
     """The extract stage on up-to-date stores, noted."""
     from pathfm.extract.stage import run_extract
@@ -54,6 +104,8 @@ def run_extraction(run: Run) -> Extraction:
     pixels_of = partial(_slide_pixels, rows, run.study.tile)
     extraction = run_extract(run.study, run.cohort, run.layout, own_encoder(run), run.stale, pixels_of)
     run.note(extraction.report)
+    if extraction.report.statuses["done"]:
+        say(f"features: {extraction.sets['main'].folder}")
     if extraction.vectors:
         run.note(extraction.vectors)
     return extraction

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +95,8 @@ def find_features(run: Run, wanted: str = "") -> Path:
     home = run.layout.features("x", "x").parent
     there = sorted(folder.name for folder in home.glob("*") if any(folder.glob("*.h5")))
     if wanted:
-        found = [name for name in there if name == wanted] or [name for name in there if name.startswith(wanted)]
+        start = run.layout.features(wanted, "").name  # as the encoder is called, not as its folder
+        found = [name for name in there if name == wanted] or [name for name in there if name.startswith((wanted, start))]
     else:
         scheme, _, rest = run.study.extract.encoder.partition(":")
         label = f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else run.study.extract.encoder
@@ -112,6 +114,14 @@ def find_features(run: Run, wanted: str = "") -> Path:
 def _made_with(folder: Path) -> object:
     record = record_file(folder)
     return read_json(record).get("settings") if record.is_file() else None
+
+
+def read_tile(run: Run, store: TileStore, tile: int) -> Pixels | None:
+    """A tile of a store without pixels, from its slide; None where it cannot be read."""
+    from pathfm.tile.pixels import slide_pixels
+
+    row = next(row for row in run.cohort.rows if row.slide_id == store.slide_id)
+    return next(slide_pixels(row, run.study.tile, store, 1, [tile]), None)
 
 
 def feature_map(study: Study, options: MapOptions) -> ExitCode:
@@ -135,7 +145,7 @@ def feature_map(study: Study, options: MapOptions) -> ExitCode:
         rest = f" and {len(named) - NAMED_SLIDES} more" if len(named) > NAMED_SLIDES else ""
         notes.append(f"Without features: {', '.join(named[:NAMED_SLIDES])}{rest}.")
     maps, missing = _maps(points, options.umap)
-    looks = TileLooks(run.layout.tiles, folder)
+    looks = TileLooks(run.layout.tiles, folder, partial(read_tile, run))
     sections = [_map_section(out, points, drawn, values) for drawn in maps]
     atlases = [_atlas(out, points, drawn, looks) for drawn in maps if drawn.what == "tiles"]
     sections.append(Section("Which tiles lie where", "The tile nearest to the centre of each cell.", [a for a in atlases if a]))
@@ -277,7 +287,7 @@ def search(study: Study, query: str, options: SearchOptions) -> ExitCode:
     if not hits:
         raise UsageError("there is no other tile to find", where=query, fix="search among more slides")
     out = options.out or run.layout.out / "search" / folder.name / f"{slide_id}-{tile}"
-    looks = TileLooks(run.layout.tiles, folder)
+    looks = TileLooks(run.layout.tiles, folder, partial(read_tile, run))
     asked = Found(Hit(slide_id, tile, 1.0), rows[slide_id], _point(file, tile), looks.look(slide_id, tile))
     points = _corners(folder, hits)
     found = [Found(hit, rows[hit.slide_id], points[hit], looks.look(hit.slide_id, hit.tile)) for hit in hits]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathfm.mil.seen import Seen
 
 
-ONLY_FEATURES = {"controls": False, "dense": False, "slide_vectors": ()}
+ONLY_FEATURES = {"controls": False, "also": (), "dense": False, "slide_vectors": ()}
 """What a prediction needs no more than this of an extraction."""
 
 

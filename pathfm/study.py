@@ -149,6 +149,8 @@ class ExtractSettings(Settings):
     encoder: str = "pretrained"
     """pretrained (the study's own), a name of `pathfm encoders` (uni2-h, virchow2@trident), timm:NAME, hf-hub:ORG/NAME,
     local-dir:PATH, untrained:NAME, or python:MODULE:FUNCTION."""
+    also: tuple[str, ...] = ()
+    """Further encoders, each by its own recipe, whose features are written in the same pass over the tiles."""
     weights: Path | None = None
     """State dict (.safetensors, .pt, .bin) that is loaded into the named encoder instead of its hub's, for offline machines."""
     pooling: Literal["recipe", "cls", "mean", "cls+mean", "gem", "map-attention", "average"] = "recipe"

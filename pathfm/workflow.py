@@ -186,14 +186,16 @@ def pretrain(study: Study) -> ExitCode:
 
 def extract(study: Study, tiles_too: bool = False) -> ExitCode:
     """``pathfm extract``; ``tiles_too``: of slides that no command has tiled yet."""
+    from pathfm.extraction import check_encoder, run_extraction
+
     run = begin(study)
     if tiles_too:
+        check_encoder(study)
         _keep_settings(run)
         run_tiling(run)
-    from pathfm.extraction import run_extraction
-
-    run_extraction(run)
-    _keep_settings(run)
+    # Settings that made nothing are not worth keeping.
+    if any(outcome.status in {"done", "kept"} for outcome in run_extraction(run).report.outcomes):
+        _keep_settings(run)
     return run.exit_code
 
 
@@ -310,7 +312,7 @@ def _mil(run: Run, extraction: Extraction) -> None:
 
     own = own_encoder(run)
     main, upstream = extraction.sets["main"], upstream_outcomes(run, extraction)
-    folders = {role: features.folder for role, features in extraction.sets.items()}
+    folders = {role: extraction.sets[role].folder for role in ("main", "untrained", "colour") if role in extraction.sets}
     inputs = MilInputs(
         features_dirs=folders,
         stores_dir=run.layout.tiles,

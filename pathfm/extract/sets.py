@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pathfm.config import fingerprint
-from pathfm.errors import StoreError
+from pathfm.errors import UsageError
 from pathfm.extract.colour import LEVELS, colour_histogram
 from pathfm.extract.stream import DeviceEncode
 from pathfm.extract.tiles import HostEncode
@@ -27,7 +27,7 @@ from pathfm.study import ExtractSettings, Study
 VERSION = 2
 """Raised whenever the features of the same tiles change."""
 COLOUR = "colour-histogram"
-MAIN, UNTRAINED, COLOURS, DENSE = "main", "untrained", "colour", "dense"
+MAIN, UNTRAINED, COLOURS, DENSE, ALSO = "main", "untrained", "colour", "dense", "also"
 POOLED = {"pooling", "symmetry", "scales", "dim", "compiled"}
 """What of a recipe does not concern patch tokens."""
 LIBRARIES = ("pathfm", "torch", "timm")
@@ -39,7 +39,7 @@ class FeatureSet:
     """One kind of features of a run and where they go.
 
     Attributes:
-        role: main, untrained, colour or dense.
+        role: main, untrained, colour, dense, or also with a number.
         name: what reports call it.
         recipe: everything that decides the features, for the attributes and the fingerprint.
         folder: its files, one per slide.
@@ -107,10 +107,12 @@ class FeatureSets:
         device: by number, what computes those that a device computes.
         host: by number, length and function of those that the decoding threads compute.
         main: the study's encoder.
+        asked: the main one and the further ones, whose recipes must suit the tiles.
     """
 
     sets: tuple[FeatureSet, ...]
     main: TileEncoder
+    asked: tuple[TileEncoder, ...] = ()
     device: Mapping[int, DeviceEncode] = field(default_factory=dict)
     host: Mapping[int, tuple[int, HostEncode]] = field(default_factory=dict)
 
@@ -134,16 +136,14 @@ def load_sets(study: Study, layout: Layout, own: Path | None, device: torch.devi
         device: where encoders run.
 
     Raises:
-        UsageError: no such encoder, or its weights are not to be had here.
-        StoreError: the study has no encoder of its own yet.
+        UsageError: no such encoder, or its weights are not to be had here, or the study has none of its own yet.
     """
     settings = study.extract
     make = partial(_feature_set, layout=layout, dtype=settings.dtype)
     sets: list[FeatureSet] = []
     encoders: dict[str, TileEncoder] = {}
     for role, (label, name) in _encoder_names(settings, own).items():
-        plain = settings if role == MAIN else settings.model_copy(update={"weights": None, "merge_tokens": 0.0})
-        encoders[role] = load_encoder(name, plain, device, compiled=study.compute.compile)
+        encoders[role] = load_encoder(name, _settings_of(role, settings), device, compiled=study.compute.compile)
         sets.append(make(role, label, {**asdict(encoders[role].recipe), "encoder": label}))
     on_device: dict[int, DeviceEncode] = {number: encoder.features for number, encoder in enumerate(encoders.values())}
     if settings.dense:
@@ -154,7 +154,18 @@ def load_sets(study: Study, layout: Layout, own: Path | None, device: torch.devi
     if settings.controls:
         host[len(sets)] = LEVELS**3, colour_histogram
         sets.append(make(COLOURS, COLOUR, {"encoder": COLOUR, "dim": LEVELS**3}))
-    return FeatureSets(tuple(sets), encoders[MAIN], on_device, host)
+    asked = tuple(encoder for role, encoder in encoders.items() if role != UNTRAINED)
+    return FeatureSets(tuple(sets), encoders[MAIN], asked, on_device, host)
+
+
+def _settings_of(role: str, settings: ExtractSettings) -> ExtractSettings:
+    """What is asked of the main encoder holds for its control, but for weights and merging; others have their own recipe."""
+    if role == MAIN:
+        return settings
+    changed: dict[str, object] = {"weights": None, "merge_tokens": 0.0}
+    if role.startswith(ALSO):
+        changed |= {"pooling": "recipe", "input_px": None}
+    return settings.model_copy(update=changed)
 
 
 def _feature_set(role: str, name: str, recipe: Mapping[str, Any], layout: Layout, dtype: str) -> FeatureSet:
@@ -164,18 +175,27 @@ def _feature_set(role: str, name: str, recipe: Mapping[str, Any], layout: Layout
 
 
 def _encoder_names(settings: ExtractSettings, own: Path | None) -> dict[str, tuple[str, str]]:
-    """By role: what folders and reports call the encoder, and the name it is loaded by."""
-    scheme, _, rest = settings.encoder.partition(":")
-    if settings.encoder != "pretrained":
-        # A folder is named without its path: where it lies is nobody's business, and its weights are hashed anyway.
-        card = find_card(settings.encoder)
-        label = f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else card.name if card else settings.encoder
-        names = {MAIN: (label, settings.encoder)}
+    """By role: what folders and reports call the encoder, and the name it is loaded by. The main one is the first."""
+    if settings.encoder == "pretrained":
+        names = _own_names(settings, own)
+    else:
+        names = {MAIN: (_label(settings.encoder), settings.encoder)}
         if settings.controls and (untrained := _untrained_name(settings.encoder)):
             names[UNTRAINED] = (untrained, untrained)
-        return names
+    others = [name for name in dict.fromkeys(settings.also) if name != settings.encoder]
+    return names | {f"{ALSO} {number}": (_label(name), name) for number, name in enumerate(others)}
+
+
+def _label(name: str) -> str:
+    scheme, _, rest = name.partition(":")
+    card = find_card(name)
+    # A folder is named without its path: where it lies is nobody's business, and its weights are hashed anyway.
+    return f"{scheme}:{Path(rest).name}" if scheme == "local-dir" else card.name if card else name
+
+
+def _own_names(settings: ExtractSettings, own: Path | None) -> dict[str, tuple[str, str]]:
     if own is None or not (own / "teacher" / "config.json").is_file():
-        raise StoreError(
+        raise UsageError(
             "the study has no encoder yet", where=str(own or ""), fix="run `pathfm pretrain`, or set extract.encoder=timm:NAME"
         )
     names = {MAIN: ("pretrained", f"local-dir:{own / 'teacher'}")}

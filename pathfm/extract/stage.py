@@ -164,7 +164,8 @@ def _suited(works: Sequence[SlideWork], run: _Run) -> list[SlideWork]:
     refused: list[UsageError] = []
     for work in works:
         try:
-            said[run.sets.main.check_tiles(work.store.mpp, work.store.tile_px)] = None
+            for encoder in run.sets.asked:
+                said[encoder.check_tiles(work.store.mpp, work.store.tile_px)] = None
         except UsageError as error:
             refused.append(error)
             run.outcomes[work.slide_id] = Outcome(work.slide_id, "failed", error.reason)
@@ -178,6 +179,9 @@ def _suited(works: Sequence[SlideWork], run: _Run) -> list[SlideWork]:
         say(f"{run.sets.sets[0].name}: {main.dim} numbers a tile, computed in {main.recipe.precision}{near}")
     for line in said:
         say(line)
+    scales = {work.store.scales for work in suited if work.store.scales}
+    for asked in sorted(scales):
+        say(f"note: the stores hold {len(asked)} resolutions; these are the features of the first ({asked[0]:g} mpp)")
     return suited
 
 

@@ -112,10 +112,12 @@ class Device:
         while True:
             try:
                 there[:] = there or [tiles.to(self._device, non_blocking=True)]
-                return torch.cat([self._encoders[number](part) for part in torch.split(there[0], self._limit)])
+                found = torch.cat([self._encoders[number](part) for part in torch.split(there[0], self._limit)])
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
+            else:
+                return _checked(found, len(tiles))
             self._halve(len(tiles))
 
     def _halve(self, tiles: int) -> None:
@@ -127,6 +129,13 @@ class Device:
         self._limit = smaller
         if self.is_gpu:
             torch.cuda.empty_cache()
+
+
+def _checked(features: torch.Tensor, tiles: int) -> torch.Tensor:
+    if len(features) != tiles:
+        what = f"the encoder gives {len(features)} vectors for {tiles} tiles"
+        raise UsageError(what, where="extract.encoder", fix="return one vector per tile, in their order")
+    return features
 
 
 def _on_host(values: torch.Tensor) -> torch.Tensor:

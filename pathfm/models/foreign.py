@@ -212,6 +212,8 @@ def python_card(name: str, facts: Mapping[str, Any]) -> EncoderCard:
     stated: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in facts.items() if key in _FACTS
     }
+    if isinstance(stated.get("mpp"), (int, float)):
+        stated["mpp"] = (float(stated["mpp"]),)
     if "card" in facts:
         card = find_card(str(facts["card"]))
         if card is None:

@@ -312,3 +312,31 @@ def test_events_tell_of_every_slide(fresh):
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [event["kind"] for event in events if not event["kind"].startswith("slide")] == ["run_started", "run_ended"]
     assert {event["slide_id"] for event in events if event["kind"] == "slide_done"} == {"s0", "s1", "s2", "s3"}
+
+
+def test_several_encoders_share_one_pass(fresh):
+    layout, cohort = fresh
+    done = run_extract(_study(layout, "extract.also=[untrained:resnet18]", "extract.pooling=mean"), cohort, layout)
+    assert set(done.sets) == {"main", "colour", "also 0"}
+    other = load_encoder("untrained:resnet18", ExtractSettings(precision="fp32"), CPU)
+    for number, count in enumerate(COUNTS):
+        kept = open_features(done.sets["also 0"].path(f"s{number}"))
+        expected = other(open_tiles(layout.store(f"s{number}")).read(range(count)))
+        np.testing.assert_allclose(kept.features, expected, atol=1e-4)
+    alone = run_extract(_study(layout, "extract.encoder=untrained:resnet18", "extract.input_px=null"), cohort, layout)
+    assert statuses(alone)["s0"] == "kept"  # the same recipe, whichever way it was asked for
+
+
+def test_an_encoder_that_loses_tiles_is_named(fresh, tmp_path, monkeypatch):
+    (tmp_path / "lossy_net.py").write_text(
+        "import torch\n"
+        "class Lossy(torch.nn.Module):\n"
+        "    def forward(self, images):\n"
+        "        return images.mean(dim=(2, 3))[: 4 if len(images) > 1 else 1]\n"
+        "def build():\n    return Lossy(), {'input_px': 64}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    layout, cohort = fresh
+    with pytest.raises(UsageError, match="4 vectors for 16 tiles"):
+        settings = ("extract.encoder=python:lossy_net:build", "extract.input_px=null", "extract.controls=false")
+        run_extract(_study(layout, *settings), cohort, layout)
