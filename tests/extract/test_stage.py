@@ -23,7 +23,7 @@ from pathfm.store.lease import Lease, LeaseLostError, Leases
 from pathfm.store.tile_store import TileStore, open_tiles, write_tiles
 from pathfm.study import ExtractSettings
 
-ENCODER = "untrained:vit_tiny_patch16_224"
+ENCODER = "untrained:test_vit"
 CPU = torch.device("cpu")
 COUNTS = (5, 1, 9, 30)
 
@@ -272,6 +272,7 @@ def test_tiles_that_are_stale_are_not_used(tiled):
     assert statuses(done)["s1"] == "failed"
 
 
+@pytest.mark.long
 def test_several_processes_make_the_same_files(tiled, fresh):
     layout, cohort = tiled
     run_extract(_study(layout), cohort, layout)
@@ -296,7 +297,7 @@ def test_dense_features_and_slide_vectors_come_with_the_features(fresh):
     main = done.sets["main"].folder
     for number, count in enumerate(COUNTS):
         dense, features = open_dense(done.sets["dense"].folder / f"s{number}.zarr"), open_features(main / f"s{number}.h5")
-        assert (len(dense), dense.grid, dense.dim) == (count, (4, 4), 192)
+        assert (len(dense), dense.grid, dense.dim) == (count, (4, 4), 64)
         np.testing.assert_allclose(dense.read(range(count)).mean(axis=(1, 2)), features.features, atol=1e-4)
         np.testing.assert_array_equal(dense.coords, features.coords)
     assert {path.name for path in (main / "slides").iterdir()} >= {"mean", "max"}
@@ -316,14 +317,14 @@ def test_events_tell_of_every_slide(fresh):
 
 def test_several_encoders_share_one_pass(fresh):
     layout, cohort = fresh
-    done = run_extract(_study(layout, "extract.also=[untrained:resnet18]", "extract.pooling=mean"), cohort, layout)
+    done = run_extract(_study(layout, "extract.also=[untrained:test_convnext]", "extract.pooling=mean"), cohort, layout)
     assert set(done.sets) == {"main", "colour", "also 0"}
-    other = load_encoder("untrained:resnet18", ExtractSettings(precision="fp32"), CPU)
+    other = load_encoder("untrained:test_convnext", ExtractSettings(precision="fp32"), CPU)
     for number, count in enumerate(COUNTS):
         kept = open_features(done.sets["also 0"].path(f"s{number}"))
         expected = other(open_tiles(layout.store(f"s{number}")).read(range(count)))
         np.testing.assert_allclose(kept.features, expected, atol=1e-4)
-    alone = run_extract(_study(layout, "extract.encoder=untrained:resnet18", "extract.input_px=null"), cohort, layout)
+    alone = run_extract(_study(layout, "extract.encoder=untrained:test_convnext", "extract.input_px=null"), cohort, layout)
     assert statuses(alone)["s0"] == "kept"  # the same recipe, whichever way it was asked for
 
 
