@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +14,11 @@ import torch
 from pathfm.compute import pick_device, use_threads
 from pathfm.config import did_you_mean
 from pathfm.errors import ExitCode, StoreError, UsageError
+from pathfm.extraction import read_tile
+from pathfm.geometry import effective_mpp
 from pathfm.log import say, track
 from pathfm.models.attention_maps import attention_maps
-from pathfm.models.encoders import TileEncoder, effective_mpp, load_encoder
+from pathfm.models.encoders import TileEncoder, load_encoder
 from pathfm.report.attention_page import TileAttention, write_attention_page
 from pathfm.stats.neighbours import tile_at
 from pathfm.store.tile_store import TileStore, open_tiles
@@ -154,10 +155,7 @@ def _pixels(run: Run, tile: Chosen) -> Pixels:
     """The tile's pixels [H, W, 3], from its store or, where that holds coordinates alone, from the slide."""
     if tile.store.has_pixels:
         return tile.store[tile.number]
-    from pathfm.tile.pixels import slide_pixels
-
-    row = next(row for row in run.cohort.rows if row.slide_id == tile.store.slide_id)
-    pixels = next(islice(slide_pixels(row, run.study.tile, tile.store, threads=1), tile.number, None), None)
+    pixels = read_tile(run, tile.store, tile.number)
     if pixels is None:
         raise StoreError(
             f"tile {tile.number} cannot be read from the slide", where=tile.store.slide_id, fix="choose another tile"

@@ -82,17 +82,16 @@ def _kept_study(source: Path, overrides: Sequence[str]) -> Study:
     return open_study(source, [*left, *overrides])
 
 
-def check_encoder(study: Study) -> None:
-    """Loads the study's public encoder once, so that what is wrong with it is known before slides are tiled.
+def check_encoders(run: Run) -> None:
+    """Loads all encoders once, so that what is wrong with them is known before slides are tiled.
 
     Raises:
         UsageError: there is no such encoder, or its weights are not to be had here.
     """
     from pathfm.compute import pick_device
-    from pathfm.models.encoders import load_encoder
+    from pathfm.extract.sets import load_sets
 
-    if study.extract.encoder != "pretrained":
-        load_encoder(study.extract.encoder, study.extract, pick_device(study.compute))
+    load_sets(run.study, run.layout, own_encoder(run), pick_device(run.study.compute))
 
 
 def run_extraction(run: Run) -> Extraction:
@@ -109,6 +108,14 @@ def run_extraction(run: Run) -> Extraction:
     if extraction.vectors:
         run.note(extraction.vectors)
     return extraction
+
+
+def read_tile(run: Run, store: TileStore, tile: int) -> npt.NDArray[np.uint8] | None:
+    """A tile [H, W, 3] of a store without pixels, from its slide; None where it cannot be read."""
+    from pathfm.tile.pixels import slide_pixels
+
+    row = next(row for row in run.cohort.rows if row.slide_id == store.slide_id)
+    return next(slide_pixels(row, run.study.tile, store, 1, [tile]), None)
 
 
 def _slide_pixels(

@@ -120,3 +120,8 @@ def fit_within(size: Size, longest_px: int) -> tuple[Size, float]:
     """The size with the same aspect whose longer side is at most ``longest_px``, and its downsample (>= 1)."""
     downsample = max(1.0, max(size) / longest_px)
     return Size(scale_length(size.width, 1 / downsample), scale_length(size.height, 1 / downsample)), downsample
+
+
+def effective_mpp(mpp: float | None, tile_px: int, resize_px: int) -> float | None:
+    """Micrometres per pixel that an encoder really sees when whole tiles are resized to ``resize_px``; None when unknown."""
+    return None if mpp is None or math.isnan(mpp) else mpp * tile_px / resize_px

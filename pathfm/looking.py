@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm.errors import ExitCode, MissingExtraError, StoreError, UsageError
+from pathfm.extraction import read_tile
 from pathfm.log import say, status, track
 from pathfm.report import feature_map as drawing
 from pathfm.report.feature_points import SAMPLE_TILES, SLIDE, FeaturePoints, columns, read_points
@@ -114,14 +115,6 @@ def find_features(run: Run, wanted: str = "") -> Path:
 def _made_with(folder: Path) -> object:
     record = record_file(folder)
     return read_json(record).get("settings") if record.is_file() else None
-
-
-def read_tile(run: Run, store: TileStore, tile: int) -> Pixels | None:
-    """A tile of a store without pixels, from its slide; None where it cannot be read."""
-    from pathfm.tile.pixels import slide_pixels
-
-    row = next(row for row in run.cohort.rows if row.slide_id == store.slide_id)
-    return next(slide_pixels(row, run.study.tile, store, 1, [tile]), None)
 
 
 def feature_map(study: Study, options: MapOptions) -> ExitCode:

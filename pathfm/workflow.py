@@ -186,11 +186,11 @@ def pretrain(study: Study) -> ExitCode:
 
 def extract(study: Study, tiles_too: bool = False) -> ExitCode:
     """``pathfm extract``; ``tiles_too``: of slides that no command has tiled yet."""
-    from pathfm.extraction import check_encoder, run_extraction
+    from pathfm.extraction import check_encoders, run_extraction
 
     run = begin(study)
     if tiles_too:
-        check_encoder(study)
+        check_encoders(run)
         _keep_settings(run)
         run_tiling(run)
     # Settings that made nothing are not worth keeping.

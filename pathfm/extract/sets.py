@@ -15,8 +15,9 @@ from pathfm.errors import UsageError
 from pathfm.extract.colour import LEVELS, colour_histogram
 from pathfm.extract.stream import DeviceEncode
 from pathfm.extract.tiles import HostEncode
+from pathfm.geometry import effective_mpp
 from pathfm.models.cards import find_card
-from pathfm.models.encoders import TileEncoder, effective_mpp, load_encoder
+from pathfm.models.encoders import TileEncoder, load_encoder
 from pathfm.store.dense_store import read_dense_attrs
 from pathfm.store.feature_file import read_feature_attrs
 from pathfm.store.layout import Layout

@@ -237,9 +237,8 @@ class _Run:
         """One stream over the slides that no other process holds. It waits for none of them: what is in a batch with tiles of
         a slide that is waited for would not be finished, and two processes might wait for each other."""
         left = sum(len(work.store) for work in works)
-        device_threads = self._threads
         batches = Batches(
-            self._held(works), size, device_threads, self.sets.host, pixels_of=self._pixels_of, pinned=self._device.is_gpu
+            self._held(works), size, self._threads, self.sets.host, pixels_of=self._pixels_of, pinned=self._device.is_gpu
         )
         with batches, WriterThread(self._open_writer, self._finished) as writer:
             return run_stream(batches, self._device, writer, -(-left // size))

@@ -52,6 +52,7 @@ class SlideWork:
         lease: the right to make them, among several processes.
         error: why it cannot be finished, once that is known.
         is_unwritable: the error came from writing.
+        is_over: its files are there, or it has failed and nothing of it will be.
         valid: [N] whether each tile could be read.
     """
 
@@ -60,6 +61,7 @@ class SlideWork:
     lease: Lease | None = None
     error: PathfmError | None = None
     is_unwritable: bool = False
+    is_over: bool = False
     valid: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -231,7 +233,7 @@ def _errors_of(work: SlideWork) -> Iterator[None]:
         yield
     except PathfmError as error:
         work.error = work.error or error
-    except Exception as error:
+    except Exception as error:  # what nobody foresaw must end this slide only, as a row of the record
         log.error("%s: internal error", work.slide_id, exc_info=error)
         work.error = work.error or SlideError(f"internal error: {' '.join(str(error).split())} ({type(error).__name__})")
 

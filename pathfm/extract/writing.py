@@ -59,7 +59,6 @@ class WriterThread:
         self._waiting, self._room = 0, threading.Condition()
         self._files: dict[SlideWork, dict[int, Writer]] = {}
         self._left: dict[SlideWork, int] = {}
-        self._over: set[SlideWork] = set()
         self._defect: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="write")
 
@@ -105,7 +104,7 @@ class WriterThread:
 
     def _take(self, part: _Part | SlideWork) -> None:
         work = part.work if isinstance(part, _Part) else part
-        if work in self._over:
+        if work.is_over:
             return
         try:
             if work.error is None and isinstance(part, _Part):
@@ -115,8 +114,9 @@ class WriterThread:
         if work.error is not None:
             self._abort(work)
         if work.error is not None or not self._left[work]:
-            self._over.add(work)
-            self._files.pop(work, None)
+            work.is_over = True
+            for known in (self._files, self._left):  # with it goes what it has read of its store
+                known.pop(work, None)
             self._finished(work)
 
     def _write(self, part: _Part) -> None:

@@ -6,7 +6,6 @@ Shapes: B tiles, H x W pixels, C channels, D features, h x w patches.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pathfm.errors import UsageError
+from pathfm.geometry import effective_mpp
 from pathfm.models.calibration import calibration_tiles
 from pathfm.models.fidelity import Arithmetic, Forward, Judged, Precision, judge, wanted_precision
 from pathfm.models.networks import Network, load_network
@@ -246,8 +246,3 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def effective_mpp(mpp: float | None, tile_px: int, resize_px: int) -> float | None:
-    """Micrometres per pixel that the network really sees, when whole tiles are resized to ``resize_px``."""
-    return None if mpp is None or math.isnan(mpp) else mpp * tile_px / resize_px

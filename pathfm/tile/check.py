@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pathfm.errors import PathfmError, SlideError, UnreadableSlideError
-from pathfm.geometry import Mpp, Size, best_level, fit_within
+from pathfm.geometry import Mpp, Size, best_level, effective_mpp, fit_within
 from pathfm.slides.reader import Level, SlideReader, is_tile_folder, open_slide
 from pathfm.slides.tile_folder import TileFolder
 from pathfm.store.cohort import SlideRow
@@ -98,11 +98,6 @@ class CheckRow:
     scales: tuple[CheckedScale, ...] = ()
     bytes: int = 0
     cpu_s: float = 0.0
-
-
-def effective_mpp(mpp: float | None, tile_px: int, input_px: int) -> float | None:
-    """Micrometres per pixel that an encoder sees when tiles of ``tile_px`` are resized to its ``input_px``."""
-    return None if mpp is None else mpp * tile_px / input_px
 
 
 def examine(row: SlideRow, settings: TileSettings, encoder: EncoderNeeds | None = None) -> CheckRow:

@@ -13,8 +13,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from pathfm.errors import UsageError
+from pathfm.geometry import effective_mpp
 from pathfm.models.calibration import calibration_tiles
-from pathfm.models.encoders import Recipe, TileEncoder, effective_mpp, load_encoder, weights_sha256
+from pathfm.models.encoders import Recipe, TileEncoder, load_encoder, weights_sha256
 from pathfm.models.networks import Network
 from pathfm.models.preprocess import turns_and_flips
 from pathfm.models.timm_networks import timm_card

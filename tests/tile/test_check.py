@@ -9,11 +9,11 @@ import tifffile
 from PIL import Image
 
 from pathfm.errors import ExitCode
-from pathfm.geometry import Mpp, Size
+from pathfm.geometry import Mpp, Size, effective_mpp
 from pathfm.slides.synthetic import SyntheticSpec, write_slide
 from pathfm.store.cohort import SlideRow
 from pathfm.study import CohortSettings, ComputeSettings, Study, TileSettings, TissueSettings
-from pathfm.tile.check import CHEAP_PX, CheckRow, EncoderNeeds, check_table, effective_mpp, examine
+from pathfm.tile.check import CHEAP_PX, CheckRow, EncoderNeeds, check_table, examine
 from pathfm.tiling import check
 
 ALL = TissueSettings(method="off")
