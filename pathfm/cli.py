@@ -6,12 +6,23 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from pathfm.study import Study
+from pathfm.cli_mil import mil_app
+from pathfm.cli_options import (
+    FeaturesOption,
+    PatientOption,
+    PicturesOption,
+    SetOption,
+    StudyArgument,
+    TileOption,
+    VerboseOption,
+    as_settings,
+    finish,
+    open_study,
+)
 
 EPILOG = (
     "Exit codes: 0 done, 3 some slides failed (listed), 2 usage or settings, 1 internal error, 75 preempted (saved: run it "
@@ -30,9 +41,6 @@ app = typer.Typer(
     help="Pathology slides to trustworthy slide classifiers: tile -> pretrain -> extract -> mil -> report.\n\n"
     "Start with `pathfm demo`, or `pathfm tile SLIDES --out DIR`, or write one study file and `pathfm run STUDY.yaml`.",
 )
-mil_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Slide classifiers: train with honest folds, or predict new slides."
-)
 app.add_typer(mil_app, name="mil")
 encoders_app = typer.Typer(
     invoke_without_command=True, rich_markup_mode=None, help="Encoders by name: what they are, and whether they are here."
@@ -40,19 +48,6 @@ encoders_app = typer.Typer(
 app.add_typer(encoders_app, name="encoders")
 export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tiles and encoders as other programs want them.")
 app.add_typer(export_app, name="export")
-
-StudyArgument = Annotated[
-    Path, typer.Argument(help="A study file (YAML), or the output folder of an earlier `pathfm tile`.", metavar="STUDY")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one setting, e.g. --set tile.mpp=0.5. Repeatable.", metavar="NAME=VALUE"),
-]
-PatientOption = Annotated[bool, typer.Option("--patient-is-slide", help="Accept that every slide is its own patient.")]
-TileOption = Annotated[str, typer.Option(help="SLIDE:x,y in level-0 pixels, or SLIDE:NUMBER.", metavar="TILE")]
-FeaturesOption = Annotated[str | None, typer.Option(help="Which features, by encoder name or folder, where there are several.")]
-PicturesOption = Annotated[Path | None, typer.Option(help="Where pictures go; default: a folder of the study.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")]
 
 
 @app.callback()
@@ -98,8 +93,8 @@ def tile(
     if check:
         from pathfm import tiling
 
-        _finish(tiling.check(study))
-    _finish(workflow.tile(study))
+        finish(tiling.check(study))
+    finish(workflow.tile(study))
 
 
 @app.command()
@@ -119,10 +114,10 @@ def pretrain(
     if dry_run:
         from pathfm import planning
 
-        _finish(planning.dry_run(_study(study, settings)))
+        finish(planning.dry_run(open_study(study, settings)))
     from pathfm import workflow
 
-    _finish(workflow.pretrain(_study(study, settings)))
+    finish(workflow.pretrain(open_study(study, settings)))
 
 
 @app.command()
@@ -155,7 +150,7 @@ def extract(
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     study, tiles_too = extraction.study_for_extraction(sources, [*given, *(settings or [])])
-    _finish(workflow.extract(study, tiles_too))
+    finish(workflow.extract(study, tiles_too))
 
 
 @encoders_app.callback()
@@ -192,28 +187,7 @@ def encoders_verify(
     """Compute the features of built-in tiles and compare them with recorded ones."""
     from pathfm import encoder_listing
 
-    _finish(encoder_listing.verify(name, against, record))
-
-
-@mil_app.command("train")
-def mil_train(study: StudyArgument, patient_is_slide: PatientOption = False, settings: SetOption = None) -> None:
-    """Train gated attention MIL in patient-level folds; the test fold is never used to choose anything."""
-    from pathfm import workflow
-
-    _finish(workflow.mil_train(_study(study, _patient(patient_is_slide, settings))))
-
-
-@mil_app.command("predict")
-def mil_predict(
-    study: StudyArgument,
-    slides: Annotated[list[str], typer.Argument(help="New slides, folders, globs or a cohort table.")],
-    out: Annotated[Path, typer.Option(help="Where predictions.csv and the features go.")],
-    settings: SetOption = None,
-) -> None:
-    """Predict new slides with the networks of a trained study: same tiles, same encoder, all members averaged."""
-    from pathfm.prediction import mil_predict as predict_slides
-
-    _finish(predict_slides(_study(study, settings), slides, out))
+    finish(encoder_listing.verify(name, against, record))
 
 
 @app.command()
@@ -221,7 +195,7 @@ def run(study: StudyArgument, patient_is_slide: PatientOption = False, settings:
     """Run a whole study: what is stale, in order. A second run does nothing and says so."""
     from pathfm import workflow
 
-    _finish(workflow.run(_study(study, _patient(patient_is_slide, settings))))
+    finish(workflow.run(open_study(study, as_settings(patient_is_slide, settings))))
 
 
 @app.command()
@@ -232,7 +206,7 @@ def demo(
     """Draw a small cohort of synthetic slides and run the whole pipeline on it, on the CPU, in a few minutes."""
     from pathfm.demo import run_demo
 
-    _finish(run_demo(out, settings or []))
+    finish(run_demo(out, settings or []))
 
 
 @export_app.command("tiles")
@@ -244,7 +218,7 @@ def export_tiles(
     """Write tiles, or where they lie, as other programs read them. Example: pathfm export tiles out --format trident --out t"""
     from pathfm import tiling
 
-    _finish(tiling.export(source, format, out))
+    finish(tiling.export(source, format, out))
 
 
 @export_app.command("encoder")
@@ -262,7 +236,7 @@ def export_encoder(
     from pathfm import exporting
 
     wanted = exporting.Wanted(student, onnx, licence or exporting.UNKNOWN_LICENCE)
-    _finish(exporting.export_encoder_folder(source, out, wanted))
+    finish(exporting.export_encoder_folder(source, out, wanted))
 
 
 @export_app.command("features")
@@ -275,7 +249,7 @@ def export_features(
     """Write features as other tools' own extraction would have. Example: pathfm export features out --format clam --out c"""
     from pathfm import feature_export
 
-    _finish(feature_export.export_features(source, out, format, features or ""))
+    finish(feature_export.export_features(source, out, format, features or ""))
 
 
 @app.command("map")
@@ -296,7 +270,7 @@ def feature_map(
     wanted = looking.MapOptions(
         features=features or "", by=tuple(by or ()), slides=tuple(slides or ()), fit=fit, umap=not no_umap, out=out
     )
-    _finish(looking.feature_map(_study(study, settings), wanted))
+    finish(looking.feature_map(open_study(study, settings), wanted))
 
 
 @app.command()
@@ -318,7 +292,7 @@ def search(
     from pathfm import looking
 
     wanted = looking.SearchOptions(count=count, other=other, features=features or "", out=out)
-    _finish(looking.search(_study(study, settings), tile, wanted))
+    finish(looking.search(open_study(study, settings), tile, wanted))
 
 
 @app.command()
@@ -332,7 +306,7 @@ def attention(
     """Draw what each attention head of the encoder looks at in some tiles."""
     from pathfm import attending
 
-    _finish(attending.attention(_study(study, settings), tile, out, block))
+    finish(attending.attention(open_study(study, settings), tile, out, block))
 
 
 @app.command()
@@ -356,20 +330,6 @@ def doctor() -> None:
 
     for line in diagnose():
         say(line)
-
-
-def _patient(patient_is_slide: bool, settings: list[str] | None) -> list[str]:
-    return ["cohort.patient_is_slide=true"] * patient_is_slide + (settings or [])
-
-
-def _study(source: Path, settings: list[str] | None) -> Study:
-    from pathfm import workflow
-
-    return workflow.open_study(source, settings or [])
-
-
-def _finish(exit_code: int) -> NoReturn:
-    raise typer.Exit(int(exit_code))
 
 
 def main() -> None:

@@ -69,7 +69,10 @@ PATHS = frozenset(
     {
         "out",
         "cohort.table",
+        "cohort.clinical",
         "cohort.tile_labels",
+        "mil.features",
+        "mil.split.file",
         "tile.coords",
         "tile.tissue.annotations",
         "pretrain.health.probe",
@@ -282,12 +285,14 @@ def _resolved(study: Study, base: Path) -> Study:
     cohort = study.cohort
     placed = {
         "table": _placed(base, cohort.table),
+        "clinical": _placed(base, cohort.clinical),
         "tile_labels": _placed(base, cohort.tile_labels),
         "slides": tuple(source if is_remote(source) else str(base / source) for source in cohort.slides),
     }
     tile, cache, health = study.tile, study.compute.cache_dir, study.pretrain.health
     health = health.model_copy(update={"probe": _placed(base, health.probe)})
     named = {key: _placed_name(base, getattr(study.pretrain, key)) for key in ("init", "teacher")}
+    split = study.mil.split.model_copy(update={"file": _placed(base, study.mil.split.file)})
     tissue = tile.tissue.model_copy(update={"annotations": _placed(base, tile.tissue.annotations)})
     return study.model_copy(
         update={
@@ -296,6 +301,7 @@ def _resolved(study: Study, base: Path) -> Study:
             "tile": tile.model_copy(update={"coords": _placed(base, tile.coords), "tissue": tissue}),
             "pretrain": study.pretrain.model_copy(update={"health": health, **named}),
             "extract": study.extract.model_copy(update={"encoder": _placed_name(base, study.extract.encoder)}),
+            "mil": study.mil.model_copy(update={"features": _placed(base, study.mil.features), "split": split}),
             "compute": study.compute.model_copy(update={"cache_dir": _placed(base, cache)}),
         }
     )

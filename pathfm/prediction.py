@@ -1,70 +1,253 @@
-"""``pathfm mil predict``: new slides through the tiles, encoder and networks of a trained study."""
+"""``pathfm mil predict``: new slides through the tiles, encoder, networks and thresholds of a bundle. Nothing is fitted."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pathfm.errors import ExitCode, UsageError
+from pathfm.config import bullet_list, load_study
+from pathfm.errors import ExitCode, MissingExtraError, SlideError, StoreError, UsageError
+from pathfm.events import Events
 from pathfm.extraction import run_extraction
-from pathfm.log import say
-from pathfm.store.commit import commit_file, read_json
-from pathfm.store.record import Outcome
-from pathfm.study import ExtractSettings, Study, TileSettings
-from pathfm.workflow import RECIPE_FILE, Run, begin, cohort_of, run_tiling, upstream_outcomes
+from pathfm.faults import crash_point
+from pathfm.log import say, status
+from pathfm.slides.reader import slide_identity
+from pathfm.store.cohort import check_labels
+from pathfm.store.commit import commit_file, partial, read_json, write_json
+from pathfm.store.record import Outcome, StageReport, library_versions, write_record
+from pathfm.store.tile_store import TileStore, open_tiles
+from pathfm.study import Study
+from pathfm.workflow import STUDY_SUFFIXES, Run, begin, cohort_of, open_study, run_tiling, upstream_outcomes
 
 if TYPE_CHECKING:
-    from pathfm.mil.predict import Prediction
+    from pathfm.extract.stage import Extraction
+    from pathfm.mil.bundle import Bundle
+    from pathfm.mil.predict import Ensemble
+    from pathfm.mil.prediction_table import Known, Result
     from pathfm.mil.seen import Seen
 
+TrainedRule = Literal["refuse", "mark", "exclude"]
+STAGE = "mil predict"
+PREDICTIONS, PATIENTS, METRICS = "predictions.csv", "patients.csv", "metrics.json"
+MAY_BE_SET = ("compute.", "report.", "extract.encoder", "extract.weights", "mil.seen_in_pretraining", "cohort.folder_of_tiles")
+"""What may be set besides folders that the bundle asks for: nothing that changes a result (another encoder is refused)."""
+NO_PATIENTS = "slides without patient_id count as patients of their own: intervals are too narrow if some belong together"
+SHOWN = 20
+"""Slides that a refusal names."""
 
-ONLY_FEATURES = {"controls": False, "also": (), "dense": False, "slide_vectors": ()}
-"""What a prediction needs no more than this of an extraction."""
 
+def mil_predict(
+    sources: Sequence[str],
+    out: Path,
+    bundle: Path | None = None,
+    overrides: Sequence[str] = (),
+    trained: TrainedRule = "refuse",
+) -> ExitCode:
+    """Predicts new slides, and judges them where the table has labels.
 
-def mil_predict(study: Study, sources: Sequence[str], out: Path) -> ExitCode:
-    """``pathfm mil predict``: new slides through the tiles, encoder and networks of a trained study."""
+    Args:
+        sources: slides, folders, globs or one cohort table; without ``bundle`` a trained study comes first.
+        out: where predictions, tiles without pixels, features and pictures go.
+        bundle: of ``pathfm mil train``.
+        overrides: of ``compute`` and the few others of ``MAY_BE_SET``.
+        trained: what is done about labelled slides of patients whom the networks learned from.
+
+    Raises:
+        UsageError: the bundle is damaged, or does not go with these slides, this encoder or this machine.
+    """
     from pathfm.compute import pick_device
-    from pathfm.mil.predict import predict
-    from pathfm.models.encoders import load_encoder
+    from pathfm.mil.bundle import open_bundle
+    from pathfm.mil.predict import Ensemble
 
-    trained = study.out
-    if not (trained / "mil" / "metrics.json").is_file():
-        raise UsageError("this study has no trained classifier", where=str(trained), fix="run `pathfm mil train` first")
-    if (out / "mil").exists() or out.resolve() == trained.resolve():
+    started = datetime.datetime.now(datetime.UTC)
+    place, slides = _place_of_bundle(sources, bundle)
+    locked = open_bundle(place)
+    say(f"bundle {locked.digest}")
+    if out.resolve().is_relative_to(place.resolve()):
+        raise UsageError("nothing is written into a bundle", where=str(out), fix="name another folder for the predictions")
+    if (out / "mil").exists() or out.resolve() == place.resolve().parent.parent:
         raise UsageError("this folder holds a study of its own", where=str(out), fix="name another folder for the predictions")
-    recipe = read_json(trained / "mil" / RECIPE_FILE)
-    tile_settings = TileSettings.model_validate(recipe["tile"])
-    extract = ExtractSettings.model_validate({**recipe["extract"], **ONLY_FEATURES})
-    if recipe["own_encoder"]:
-        extract = extract.model_copy(update={"encoder": f"local-dir:{trained / recipe['own_encoder']}"})
-    cohort = study.cohort.model_copy(update={**cohort_of(sources), "tile_labels": None})
-    changed = {"out": out.absolute(), "cohort": cohort, "tile": tile_settings, "extract": extract}
-    run = begin(study.model_copy(update=changed))
-    # Before hours of work: what the networks were trained on must be computed here too.
-    load_encoder(extract.encoder, extract, pick_device(study.compute)).check_precision()
-    run_tiling(run)
-    seen = _check_seen(run)
-    extraction = run_extraction(run)
-    usable = [
-        outcome.slide_id
-        for outcome in extraction.report.outcomes
-        if outcome.status in {"done", "kept"} and seen.patients[outcome.slide_id] not in seen.left_out()
-    ]
-    folder = extraction.sets["main"].folder
-    predictions = predict(trained / "mil", [folder / f"{slide_id}.h5" for slide_id in usable])
-    with (
-        commit_file(run.layout.out / "predictions.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        csv.writer(stream).writerows(_prediction_rows(predictions, list(upstream_outcomes(run, extraction).values()), seen))
-    say(f"{len(usable)} of {len(run.cohort.rows)} slides predicted: {run.layout.out / 'predictions.csv'}")
+    run = begin(_locked_study(locked, slides, out, overrides))
+    # Before hours of work: all that could be refused later.
+    ensemble = Ensemble(locked, pick_device(run.study.compute))
+    known = _check_known(run, ensemble, trained)
+    _check_encoder(run, locked)
+    with Events(run.layout.out) as events:
+        about = {"versions": library_versions(), "settings": locked.digest, "slides": len(run.cohort.rows)}
+        events.write("run_started", stage=STAGE, **about)
+        report = _predicted(run, ensemble, known, trained)
+        for outcome in report.outcomes:
+            kind = f"slide_{outcome.status}"
+            events.write(kind, stage=STAGE, slide_id=outcome.slide_id, counts=dict(outcome.counts), reason=outcome.reason)
+        events.write("run_ended", stage=STAGE, counts=dict(report.statuses))
+    run.reports[STAGE] = report
+    write_record(run.layout.out, report, run.study.extract, started)
     return run.exit_code
 
 
-def _check_seen(run: Run) -> Seen:
+def _place_of_bundle(sources: Sequence[str], bundle: Path | None) -> tuple[Path, Sequence[str]]:
+    """The bundle, and the slides; a study stands for its bundle."""
+    from pathfm.mil.bundle import FILE
+
+    if bundle is None:
+        study, *slides = sources
+        is_bundle = (Path(study) / FILE).is_file()
+        is_study = (Path(study) / "study.yaml").is_file() or Path(study).suffix.lower() in STUDY_SUFFIXES
+        if not is_bundle and not is_study:
+            raise UsageError("neither a trained study nor a bundle", where=study, fix="add --bundle FOLDER before the slides")
+        bundle, sources = Path(study) if is_bundle else open_study(Path(study)).out / "mil" / "bundle", slides
+        if not is_bundle and not bundle.is_dir():
+            if (bundle.parent / "metrics.json").is_file():
+                what = "this study has no bundle: its features were made elsewhere, so new slides cannot be treated alike"
+                raise UsageError(what, where=study, fix="extract the features with pathfm, and train on those")
+            raise UsageError("this study has no trained classifier", where=study, fix="run `pathfm mil train` first")
+    if not sources:
+        raise UsageError("no slides are given", fix="name slides, folders or one cohort table")
+    return bundle, sources
+
+
+def _locked_study(bundle: Bundle, slides: Sequence[str], out: Path, overrides: Sequence[str]) -> Study:
+    """The settings of the bundle, with the slides of the command line.
+
+    Raises:
+        UsageError: something is to be set that is locked, or not set that is needed.
+    """
+    from pathfm.mil.bundle import locked_settings
+
+    names = [override.partition("=")[0].strip() for override in overrides]
+    locked = [name for name in names if not name.startswith(MAY_BE_SET) and name not in bundle.facts["needs"]]
+    if locked:
+        fix = "leave it out, or train a classifier with it"
+        raise UsageError("the settings of a bundle are locked", where=locked[0], fix=fix)
+    given = load_study(None, overrides)
+    places = {"tile.coords": given.tile.coords, "tile.tissue.annotations": given.tile.tissue.annotations}
+    tile, extract = locked_settings(bundle, {name: str(place) for name, place in places.items() if place})
+    encoder = given.extract.encoder if "extract.encoder" in names else extract.encoder
+    if bundle.encoder_dir and "extract.encoder" not in names:
+        encoder = f"local-dir:{bundle.encoder_dir.absolute()}"
+    if encoder == "pretrained":
+        what = f"the encoder ({bundle.facts['encoder']['name']}) is not inside this bundle, and has no public name"
+        raise UsageError(what, where=str(bundle.folder), fix="add --set extract.encoder=local-dir:FOLDER")
+    mil = bundle.settings
+    if "mil.seen_in_pretraining" in names:
+        mil = mil.model_copy(update={"seen_in_pretraining": given.mil.seen_in_pretraining})
+    changed = {
+        "out": out.absolute(),
+        "cohort": given.cohort.model_copy(update={**cohort_of(slides), "patient_is_slide": True}),
+        "tile": tile,
+        "extract": extract.model_copy(update={"encoder": encoder, "weights": given.extract.weights}),
+        "mil": mil,
+    }
+    return given.model_copy(update=changed)
+
+
+def _check_known(run: Run, ensemble: Ensemble, rule: TrainedRule) -> Known:
+    """Labels, and whether the networks have learned from these patients.
+
+    Raises:
+        UsageError: labels that the bundle does not know, or labelled slides of patients whom its networks learned from.
+    """
+    from pathfm.mil.prediction_table import Known
+    from pathfm.mil.roster import all_columns, has_label, patient_ids
+
+    bundle, rows = ensemble.bundle, run.cohort.rows
+    labelled = [row for row in rows if has_label(row, bundle.settings)]
+    for name in all_columns(bundle.settings) if labelled else ():
+        if any(row.labels.get(name) for row in rows):
+            check_labels(run.cohort, name, bundle.settings.level)
+    if labelled:
+        ensemble.tasks.encode([{name: row.labels.get(name, "") for name in all_columns(bundle.settings)} for row in labelled])
+    patients, identity = patient_ids(run.cohort, run.study.cohort), {row.slide_id: _identity(row.path) for row in rows}
+    found = {slide_id: bundle.trained_on(patient, identity[slide_id]) for slide_id, patient in patients.items()}
+    same = {patients[slide_id] for slide_id, why in found.items() if why}
+    trained = {slide_id: found[slide_id] or "same patient" for slide_id, patient in patients.items() if patient in same}
+    known = Known(patients, identity, trained, bool(labelled))
+    if not trained:
+        return known
+    count, named = len(same), bullet_list([f"{slide_id}: {why}" for slide_id, why in sorted(trained.items())], SHOWN)
+    if labelled and rule == "refuse":
+        what = (
+            f"the networks learned from {count} of {len(set(patients.values()))} patients, so numbers on them would be too good"
+        )
+        fix = "take them out; or add --trained exclude to judge the others, or --trained mark if their ids mean other people"
+        raise UsageError(f"{what}: {named}", where="slides", fix=fix)
+    if labelled and rule == "exclude" and not {patients[row.slide_id] for row in labelled} - same:
+        raise UsageError("nobody is left to judge: the networks learned from all of these patients", where="--trained exclude")
+    say(f"note: the networks learned from {count} of these patients (column trained_on)")
+    return known
+
+
+def _identity(path: Path) -> str:
+    try:
+        return slide_identity(path)
+    except SlideError:  # tiling tells why
+        return ""
+
+
+def _check_encoder(run: Run, bundle: Bundle) -> None:
+    """Refuses an encoder that is not the bundle's, by all that decides features, as it is computed on this machine."""
+    from pathfm.compute import pick_device
+    from pathfm.extract.sets import load_sets
+    from pathfm.mil.bundle import check_encoder
+    from pathfm.mil.feature_cache import encoder_identity
+
+    sets = load_sets(run.study, run.layout, None, pick_device(run.study.compute))
+    sets.main.check_precision()
+    recipe = {f"recipe_{name}": value for name, value in sets.by_role["main"].recipe.items()}
+    check_encoder(bundle, encoder_identity(recipe), sets.main.dim, run.study.extract.encoder)
+
+
+def _predicted(run: Run, ensemble: Ensemble, known: Known, rule: TrainedRule) -> StageReport:
+    """Tiles, features, answers and tables of all slides."""
+    from pathfm.mil.feature_cache import FeatureCache
+    from pathfm.mil.predict import predict
+    from pathfm.mil.prediction_pictures import Pictures
+    from pathfm.mil.prediction_table import Result
+
+    cohort = run.cohort
+    # What was said of other slides must not lie beside new pictures if this run is interrupted.
+    for name in (PREDICTIONS, METRICS, PATIENTS):
+        (run.layout.out / name).unlink(missing_ok=True)
+    run_tiling(run)
+    seen = _check_seen(run, known)
+    unfit = _unfit(run, ensemble.bundle)
+    run.cohort = replace(cohort, rows=tuple(row for row in cohort.rows if row.slide_id not in unfit))
+    extraction = run_extraction(run)
+    outcomes = {**upstream_outcomes(run, extraction), **unfit}
+    run.cohort = cohort
+    paths = _feature_paths(extraction, outcomes, known, seen)
+    scratch = partial(run.layout.out / "scratch")
+    pictures = Pictures(run.layout.out, run.layout.tiles, cohort, layers=run.study.report.heat_layers)
+    with FeatureCache(int(run.study.compute.feature_cache_gb * 1e9), scratch) as cache:
+        answers = predict(ensemble, paths, cohort, known.patients, cache, pictures.look)
+    with suppress(OSError):
+        scratch.rmdir()
+    outcomes |= {slide_id: Outcome(slide_id, "failed", reason) for slide_id, reason in answers.failed.items()}
+    for slide_id, reason in answers.failed.items():
+        status(slide_id, "failed", reason)
+    result = Result(cohort, run.layout.tiles, ensemble, known, seen, answers, outcomes)
+    _write(result, run.layout.out, rule)
+    report = StageReport(STAGE, tuple(result.outcome(row.slide_id) for row in cohort.rows), worked=len(paths))
+    say(f"{len(answers.slides)} of {len(cohort.rows)} slides predicted: {run.layout.out / PREDICTIONS}")
+    return report
+
+
+def _feature_paths(extraction: Extraction, outcomes: Mapping[str, Outcome], known: Known, seen: Seen) -> dict[str, Path]:
+    """Feature files of the slides that are asked about."""
+    left_out = seen.left_out()
+    return {
+        slide_id: extraction.sets["main"].path(slide_id)
+        for slide_id, outcome in outcomes.items()
+        if outcome.status in {"done", "kept"} and known.patients[slide_id] not in left_out
+    }
+
+
+def _check_seen(run: Run, known: Known) -> Seen:
     """What the encoder has seen of the new slides, looked at before the hours of extraction.
 
     A table with labels is there to be judged by, and then ``mil.seen_in_pretraining`` decides (refuse by default). Without
@@ -72,9 +255,8 @@ def _check_seen(run: Run) -> Seen:
     """
     from pathfm.mil.seen import check_refusal, look_for_seen
 
-    label = run.study.mil.label
     study = run.study
-    if not any(row.labels.get(label) for row in run.cohort.rows):
+    if not known.has_labels:
         study = study.model_copy(update={"mil": study.mil.model_copy(update={"seen_in_pretraining": "mark"})})
     seen = look_for_seen(study, run.cohort, run.layout.tiles)
     patients = set(seen.patients.values())
@@ -84,19 +266,70 @@ def _check_seen(run: Run) -> Seen:
     return seen
 
 
-def _prediction_rows(predictions: Sequence[Prediction], outcomes: Sequence[Outcome], seen: Seen) -> Iterator[list[str]]:
-    """One row per slide, the failed, empty and left out ones with their reason."""
-    by_slide = {prediction.slide_id: prediction for prediction in predictions}
-    classes = list(predictions[0].probability) if predictions else []
-    header = ["slide_id", "outcome", "predicted", *(f"p_{name}" for name in classes), "lowest", "highest"]
-    yield [*header, "seen_in_pretraining", "reason"]
-    for outcome in outcomes:
-        patient, found = seen.patients[outcome.slide_id], by_slide.get(outcome.slide_id)
-        is_seen = str(int(patient in seen.seen_patients)) if seen.known else ""
-        if found is None:
-            left_out = patient in seen.left_out() and outcome.status in {"done", "kept"}
-            fate = ["left out", "seen in pretraining"] if left_out else [outcome.status, outcome.reason]
-            yield [outcome.slide_id, fate[0], *[""] * (len(classes) + 3), is_seen, fate[1]]
+def _unfit(run: Run, bundle: Bundle) -> dict[str, Outcome]:
+    """Slides whose tiles have another resolution than any the networks learned from."""
+    trained, tolerance = bundle.facts["trained_with"]["mpp"], run.study.tile.mpp_tolerance
+    if not trained:
+        return {}
+    low, high = trained[0] * (1 - tolerance), trained[1] * (1 + tolerance)
+    unfit = {}
+    for row in run.cohort.rows:
+        store = _store(run, row.slide_id)
+        if store is None or not len(store) or (store.mpp is not None and low <= store.mpp <= high):
             continue
-        numbers = [*found.probability.values(), found.lowest, found.highest]
-        yield [outcome.slide_id, "predicted", found.predicted, *(f"{number:.6f}" for number in numbers), is_seen, ""]
+        shown = "unknown mpp" if store.mpp is None else f"{store.mpp:.4g} mpp"
+        reason = f"its tiles have {shown}, and the networks learned from {trained[0]:.4g} to {trained[1]:.4g}"
+        status(row.slide_id, "failed", reason)
+        unfit[row.slide_id] = Outcome(row.slide_id, "failed", reason)
+    return unfit
+
+
+def _store(run: Run, slide_id: str) -> TileStore | None:
+    try:
+        return open_tiles(run.layout.store(slide_id))
+    except StoreError:
+        return None
+
+
+def _write(result: Result, out: Path, rule: TrainedRule) -> None:
+    """All tables; the one that everybody looks for comes last."""
+    from pathfm.mil.prediction_table import flow, patient_rows, slide_rows
+    from pathfm.mil.validation import headline, validation_metrics
+
+    known, seen = result.known, result.seen
+    if known.has_labels:
+        left_out = known.trained_patients if rule == "exclude" else frozenset()
+        metrics = validation_metrics(result.ensemble, result.answers, left_out)
+        judged = {unit.patient_id for unit in result.answers.order} - left_out
+        trained = {"rule": rule, "patients": len(known.trained_patients)}
+        about = {"seen_in_pretraining": seen.record(judged), "trained_on": trained, "flow": flow(result, left_out)}
+        notes = [*metrics["notes"], *seen.notes(judged)]
+        notes += [] if all(row.patient_id for row in result.cohort.rows) else [NO_PATIENTS]
+        write_json(out / METRICS, {**metrics, **about, "notes": notes})
+        say(f"external validation on {metrics['n_patients']} patients, nothing fitted: {headline(metrics)}")
+    if any(row.patient_id for row in result.cohort.rows):
+        _write_table(out / PATIENTS, patient_rows(result))
+    crash_point("mil.predict.before_commit")
+    _write_table(out / PREDICTIONS, slide_rows(result))
+    if known.has_labels:
+        _write_page(result, out)
+
+
+def _write_page(result: Result, out: Path) -> None:
+    """The page of an external validation, where somebody was judged and the libraries for pages are there."""
+    from pathfm.report.mil_validation import validation_page
+
+    if not read_json(out / METRICS).get("models"):
+        return
+    try:
+        say(f"page: {validation_page(out, result.ensemble.bundle.settings)}")
+    except MissingExtraError as error:
+        say(f"no page: {error}")
+
+
+def _write_table(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    listed = list(rows)
+    with commit_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(listed[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(listed)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pathfm.mil_settings import MilSettings
 from pathfm.pretrain_settings import PretrainSettings
 from pathfm.settings import Count, Fraction, NonNegative, Positive, PositiveFloat, Settings
 
@@ -20,6 +21,8 @@ class CohortSettings(Settings):
 
     table: Path | None = None
     """CSV with slide_id, path, patient_id, labels and optionally mpp, site, split, lesion_mask; paths relative to it."""
+    clinical: Path | None = None
+    """Table of patients with more columns (labels), joined to the table by patient_id, as STAMP keeps them; CSV or xlsx."""
     slides: tuple[str, ...] = ()
     """Without a table: folders (searched), globs or files."""
     folder_of_tiles: bool = False
@@ -182,57 +185,15 @@ class ExtractSettings(Settings):
     """Also write the features of the controls in the same pass: the untrained encoder and the colour histogram."""
 
 
-class MilSettings(Settings):
-    """Stage 4: features x labels -> slide classifier."""
-
-    label: str = "label"
-    """Label column of the cohort table."""
-    positive: str | None = None
-    """The label that counts as positive; default: the last in sorted order."""
-    level: Literal["patient", "slide"] = "patient"
-    """What is classified: a patient's slides together, or each slide. Patients never cross folds either way."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Outer folds, stratified, grouped by patient."""
-    inner_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = 0.2
-    """Share of the training patients kept for early stopping; the test fold is never used for it."""
-    ensemble: Positive = 5
-    """Networks (seeds) per fold; their probabilities are averaged."""
-    hidden: Positive = 128
-    """Width of the tile projection."""
-    attention: Positive = 64
-    """Width of the gated attention."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
-    """Share of the tile projection's outputs that is dropped in training."""
-    lr: PositiveFloat = 1e-3
-    """Learning rate (AdamW, cosine)."""
-    weight_decay: NonNegative = 1e-3
-    """Weight decay."""
-    epochs: Positive = 60
-    """Largest number of epochs."""
-    patience: Positive = 15
-    """Epochs without a better inner-validation loss before training stops."""
-    batch_bags: Positive = 8
-    """Bags per optimiser step."""
-    max_bag_tiles: Positive | None = 4096
-    """Tiles drawn afresh from larger bags each epoch, in training only."""
-    bootstrap: Positive = 2000
-    """Resamples of patients for bootstrap intervals."""
-    controls: bool = True
-    """Run the controls on the same folds: colour histogram, tile count, untrained encoder, shuffled labels."""
-    seen_in_pretraining: Literal["refuse", "mark", "exclude"] | None = None
-    """Patients whom the encoder was pretrained on: refuse to judge them; mark what rests on them as transductive; exclude them
-    (a study's own encoder is then pretrained without a test part). Default: mark for the study's own encoder, else refuse."""
-    seed: int = 0
-    """Seed of folds, initial weights and resampling."""
-
-
 class ReportSettings(Settings):
     """What the report shows."""
 
     heatmaps: Count = 12
     """Slides shown with a heatmap."""
     top_tiles: Count = 8
-    """Tiles of highest attention shown per slide."""
+    """Tiles of highest and of lowest attention shown per slide."""
+    heat_layers: bool = False
+    """Also write the heatmaps of all slides as OME-TIFF layers."""
 
 
 class ComputeSettings(Settings):
@@ -264,6 +225,8 @@ class ComputeSettings(Settings):
     """Local folder that slides are copied to before they are read, ahead of need; for network drives."""
     cache_gb: PositiveFloat = 50.0
     """Most that the cache may hold [GB]."""
+    feature_cache_gb: PositiveFloat = 4.0
+    """RAM that features of slides may take in mil; what does not fit is read anew each epoch [GB]."""
     lease_s: Annotated[float, Field(ge=10.0)] = 120.0
     """A slide whose worker on another machine has shown no sign of life for so long is taken over [s]."""
 
@@ -297,3 +260,8 @@ class Study(Settings):
     """The report."""
     compute: ComputeSettings = ComputeSettings()
     """Workers, threads, device."""
+
+    @property
+    def has_own_encoder(self) -> bool:
+        """Whether the features are those of the encoder that the study itself pretrains."""
+        return self.extract.encoder == "pretrained" and self.mil.features is None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pathfm.addresses import is_remote, public_name, remote_url
-from pathfm.config import dump_study, fingerprint, load_study
+from pathfm.config import dump_study, load_study
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, status
-from pathfm.store.cohort import Cohort, check_labels, load_cohort
-from pathfm.store.commit import commit_file, read_json, sweep, write_json
-from pathfm.store.feature_file import read_feature_attrs
+from pathfm.store.cohort import Cohort, load_cohort
+from pathfm.store.commit import commit_file, sweep
 from pathfm.store.layout import Layout, tile_spec
 from pathfm.store.record import Outcome, StageReport, read_record
 from pathfm.store.tile_store import open_tiles
@@ -25,10 +23,8 @@ if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
 
 STUDY_SUFFIXES = {".yaml", ".yml"}
-TABLE_SUFFIXES = {".csv", ".tsv"}
+TABLE_SUFFIXES = {".csv", ".tsv", ".xlsx"}
 PRETRAINED = "pretrained encoder"
-RECIPE_FILE = "recipe.json"
-"""Beside the trained classifier: how its tiles and features were made, so that new slides are treated alike."""
 
 
 @dataclass
@@ -49,7 +45,7 @@ class Run:
             if outcome.status in {"failed", "empty"}:
                 status(outcome.slide_id, outcome.status, outcome.reason)
         counts = ", ".join(f"{number} {name}" for name, number in sorted(report.statuses.items()))
-        summary = "nothing to do" if report.did_nothing and not counts else counts
+        summary = counts or ("nothing to do" if report.did_nothing else "written")
         if report.did_nothing and counts:
             summary = f"nothing to do ({counts})"
         say(f"{report.stage}: {summary}{f' - {report.note}' if report.note else ''}")
@@ -124,12 +120,12 @@ def cohort_of(sources: Sequence[str]) -> dict[str, object]:
     return {"table": None, "slides": tuple(placed)}
 
 
-def begin(study: Study) -> Run:
+def begin(study: Study, needs_slides: bool = True) -> Run:
     """Checks the cohort, whole, before any work."""
     from pathfm.tile.stage import tile_settings_digest
 
     _check_places(study)
-    cohort = load_cohort(study.cohort, Path.cwd(), _find_slides)
+    cohort = load_cohort(study.cohort, Path.cwd(), _find_slides, needs_slides=needs_slides)
     layout = Layout(study.out, tile_spec(study.tile, tile_settings_digest(study.tile)))
     sweep(study.out)
     return Run(study, cohort, layout)
@@ -145,7 +141,7 @@ def _check_places(study: Study) -> None:
         raise UsageError("not a folder", where=str(existing), fix="choose another output folder")
 
 
-def _keep_settings(run: Run) -> None:
+def keep_settings(run: Run) -> None:
     """Keeps the resolved settings in the output folder, for the commands that follow; called once they have proved usable."""
     # What concerns this run alone must not decide about the next: a shard would hide the other slides.
     compute = run.study.compute.model_copy(update={"shard": "", "cache_dir": None})
@@ -167,7 +163,7 @@ def _find_slides(sources: Sequence[str], folder_of_tiles: bool) -> Sequence[tupl
 def tile(study: Study) -> ExitCode:
     """``pathfm tile``."""
     run = begin(study)
-    _keep_settings(run)
+    keep_settings(run)
     run_tiling(run)
     return run.exit_code
 
@@ -180,7 +176,7 @@ def pretrain(study: Study) -> ExitCode:
     run = begin(study)
     run_pretraining(run)
     if process_rank() == 0:
-        _keep_settings(run)
+        keep_settings(run)
     return run.exit_code
 
 
@@ -191,28 +187,11 @@ def extract(study: Study, tiles_too: bool = False) -> ExitCode:
     run = begin(study)
     if tiles_too:
         check_encoders(run)
-        _keep_settings(run)
+        keep_settings(run)
         run_tiling(run)
     # Settings that made nothing are not worth keeping.
     if any(outcome.status in {"done", "kept"} for outcome in run_extraction(run).report.outcomes):
-        _keep_settings(run)
-    return run.exit_code
-
-
-def mil_train(study: Study) -> ExitCode:
-    """``pathfm mil train``: features must be there; ends with the report."""
-    run = begin(study)
-    _check_for_mil(run)
-    _keep_settings(run)
-    from pathfm.extraction import run_extraction
-
-    kept, slides = read_record(run.layout.tiles), {row.slide_id for row in run.cohort.rows}
-    if kept:
-        mine = tuple(outcome for outcome in kept.outcomes if outcome.slide_id in slides)
-        run.reports[kept.stage] = StageReport(kept.stage, mine)
-    extraction = run_extraction(run)
-    _mil(run, extraction)
-    _report(run, extraction)
+        keep_settings(run)
     return run.exit_code
 
 
@@ -221,42 +200,22 @@ def run(study: Study) -> ExitCode:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         fix = "start `pathfm pretrain` so, and `pathfm run` as one process"
         raise UsageError("several processes at once would do every stage several times", where="torchrun or srun", fix=fix)
+    from pathfm.classification import check_for_mil, classify
+
     run = begin(study)
-    _check_for_mil(run)
-    _keep_settings(run)
+    check_for_mil(run)
+    keep_settings(run)
     run_tiling(run)
-    if study.extract.encoder == "pretrained":
+    if study.has_own_encoder:
         from pathfm.pretraining import run_pretraining
 
         run_pretraining(run)
     from pathfm.extraction import run_extraction
 
-    extraction = run_extraction(run)
-    _mil(run, extraction)
-    _report(run, extraction)
+    classify(run, run_extraction(run))
     if all(report.did_nothing for report in run.reports.values()):
         say("everything is up to date: nothing was done")
     return run.exit_code
-
-
-def _check_for_mil(run: Run) -> None:
-    """What only ``mil`` needs, checked before hours of tiling."""
-    settings = run.study.mil
-    check_labels(run.cohort, settings.label, settings.level)
-    classes = sorted({row.labels[settings.label] for row in run.cohort.rows if row.labels[settings.label]})
-    if len(classes) < 2:
-        raise UsageError(f"every slide is {classes[0]!r}: there is nothing to tell apart", where=f"label {settings.label!r}")
-    if settings.positive is not None and settings.positive not in classes:
-        raise UsageError(f"no slide is {settings.positive!r}", where="mil.positive", fix=f"labels: {', '.join(classes)}")
-    if not run.study.cohort.patient_is_slide and any(row.patient_id is None for row in run.cohort.rows):
-        raise UsageError(
-            "mil refuses to split without patients: slides of one patient on both sides of a split make every number too good",
-            where="cohort",
-            fix="add a patient_id column, or pass --patient-is-slide if every slide is another patient",
-        )
-    from pathfm.mil.held_out import held_out_slides
-
-    held_out_slides(run.study, run.cohort)
 
 
 def run_tiling(run: Run) -> None:
@@ -299,39 +258,11 @@ def stores_of(run: Run) -> dict[str, Path]:
 
 def own_encoder(run: Run) -> Path | None:
     """Folder of the study's own encoder, None when a public one is used."""
-    if run.study.extract.encoder != "pretrained":
+    if not run.study.has_own_encoder:
         return None
     from pathfm.pretraining import encoder_folder
 
     return encoder_folder(run)
-
-
-def _mil(run: Run, extraction: Extraction) -> None:
-    from pathfm.mil.inputs import MilInputs
-    from pathfm.mil.stage import VERSION, run_mil
-
-    own = own_encoder(run)
-    main, upstream = extraction.sets["main"], upstream_outcomes(run, extraction)
-    folders = {role: extraction.sets[role].folder for role in ("main", "untrained", "colour") if role in extraction.sets}
-    inputs = MilInputs(
-        features_dirs=folders,
-        stores_dir=run.layout.tiles,
-        mil_dir=run.layout.mil,
-        encoder_dir=own / "teacher" if own else None,
-        upstream=upstream,
-        main_name=PRETRAINED if run.study.extract.encoder == "pretrained" else main.name,
-        fingerprint=_mil_fingerprint(run, VERSION, folders, upstream),
-    )
-    run.note(run_mil(run.study, run.cohort, inputs))
-    recipe = run.layout.mil / RECIPE_FILE
-    content = {
-        "own_encoder": (own / "teacher").relative_to(run.layout.out).as_posix() if own else None,
-        "tile": run.study.tile.model_dump(mode="json"),
-        # What "auto" came to here must hold for new slides too, on whatever machine.
-        "extract": {**run.study.extract.model_dump(mode="json"), "precision": main.recipe["precision"]},
-    }
-    if not recipe.is_file() or read_json(recipe) != content:
-        write_json(recipe, content)
 
 
 def upstream_outcomes(run: Run, extraction: Extraction) -> dict[str, Outcome]:
@@ -339,61 +270,3 @@ def upstream_outcomes(run: Run, extraction: Extraction) -> dict[str, Outcome]:
     upstream = {outcome.slide_id: outcome for outcome in extraction.report.outcomes}
     tiled = run.reports["tile"].outcomes if "tile" in run.reports else ()
     return {**upstream, **{outcome.slide_id: outcome for outcome in tiled if outcome.status == "failed"}}
-
-
-def _mil_fingerprint(run: Run, version: int, folders: Mapping[str, Path], upstream: Mapping[str, Outcome]) -> str:
-    """Features, labels, patients, truth and settings: what predictions depend on."""
-    rows = sorted(run.cohort.rows, key=lambda row: row.slide_id)
-    label = run.study.mil.label
-    slides = [
-        {
-            "slide_id": row.slide_id,
-            "patient_id": row.patient_id,
-            "label": row.labels.get(label, ""),
-            "split": row.split,
-            "truth": _file_digest(row.lesion_mask),
-            "outcome": upstream[row.slide_id].status if upstream[row.slide_id].status in {"failed", "empty"} else "used",
-            "features": {role: _feature_fingerprint(folder / f"{row.slide_id}.h5") for role, folder in folders.items()},
-        }
-        for row in rows
-    ]
-    truth = _file_digest(run.study.cohort.tile_labels)
-    inputs = {"version": version, "slides": slides, "truth": truth, "patient_is_slide": run.study.cohort.patient_is_slide}
-    return fingerprint(inputs, run.study.mil)
-
-
-def _feature_fingerprint(path: Path) -> str:
-    attrs = read_feature_attrs(path)
-    return str(attrs.get("fingerprint", "")) if attrs else ""
-
-
-def _file_digest(path: Path | None) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
-
-
-def _report(run: Run, extraction: Extraction) -> None:
-    from pathfm.report.stage import ReportInputs, run_report
-
-    metrics = read_json(run.layout.mil / "metrics.json")
-    inputs = ReportInputs(
-        out=run.layout.out,
-        report_dir=run.layout.report,
-        mil_dir=run.layout.mil,
-        encoder_dir=own_encoder(run) or run.layout.out / "encoder",
-        stores_dir=run.layout.tiles,
-        features_dir=extraction.sets["main"].folder,
-        records=dict(run.reports),
-        fingerprint=fingerprint(str(metrics["fingerprint"]), run.study.report, _outcome_rows(run)),
-        cohort=run.cohort,
-    )
-    run.note(run_report(run.study, inputs))
-
-
-def _outcome_rows(run: Run) -> list[list[str]]:
-    """What the report says of each slide, without the difference between done now and done before."""
-    plain = {"kept": "done"}
-    return [
-        [stage, outcome.slide_id, plain.get(outcome.status, outcome.status), outcome.reason]
-        for stage, report in sorted(run.reports.items())
-        for outcome in report.outcomes
-    ]

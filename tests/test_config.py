@@ -125,7 +125,7 @@ def test_all_problems_come_in_one_message(study_file):
         "pretrain.ema[1]: ",
         "compute: must be a table of settings (workers, threads, device, ",
         "lease_s), got '4'",
-        "mil.level: must be 'patient' or 'slide', got 'room'",
+        "mil.level: must be 'patient', 'specimen' or 'slide', got 'room'",
         "report.heatmap: unknown setting, did you mean 'heatmaps'?",
         "--set nonsense: must look like table.setting=value",
         "tile.mpp.x: mpp is not a table",

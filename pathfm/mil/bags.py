@@ -1,15 +1,14 @@
-"""Features of slides and of the bags they make up. Files are read once; the order of a table plays no role.
+"""Bags: the tiles of all slides of a unit (a patient, a specimen, a slide), read from a cache when they are needed.
 
-Legend: N tiles, D feature length.
+Legend: B bags, N tiles of a bag, D feature length.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,60 +16,95 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pathfm.errors import StoreError
-from pathfm.mil.roster import Unit
-from pathfm.store.feature_file import open_features
+from pathfm.mil.feature_cache import FeatureCache, SlideFacts, encoder_identity
+
+__all__ = ["Bag", "Bags", "check_same_encoder", "encoder_identity", "tile_places"]
 
 
-@dataclass(frozen=True)
-class SlideFeatures:
-    """Features of one slide, checked.
+class Bag(NamedTuple):
+    """Tiles of a bag, slide after slide.
 
     Attributes:
-        slide_id: the slide.
-        feature_ND: float16 or float32, as stored.
-        xy_level0: upper left corners of the tiles [N, 2] in level-0 pixels.
-        encoder: what made the features; equal for features that may be mixed.
-        digest: SHA-256 over the values.
+        feature_ND: float16 or float32, as stored; never to be written to.
+        xy_N2: float32, where they lie, in tile sides from the corner of their slide's tiles; slides lie side by side, one tile
+            apart. Zeros where nothing says where tiles lie.
     """
 
-    slide_id: str
-    feature_ND: NDArray[np.floating]
-    xy_level0: NDArray[np.int64]
-    encoder: Mapping[str, str]
-    digest: str
+    feature_ND: Tensor
+    xy_N2: Tensor
 
 
-def read_slide(path: Path) -> SlideFeatures:
-    """Reads and checks one feature file.
+class Bags:
+    """Units over a cache; nothing is held here but where their tiles lie.
+
+    Args:
+        cache: has every slide of the units.
+        units: slide_ids of each bag; their tiles follow each other in this order.
 
     Raises:
-        StoreError: absent, damaged, foreign, or a value that is not finite.
+        StoreError: features of different lengths or encoders.
     """
-    file = open_features(path)
-    if not file.valid.all():
-        unread = int((~file.valid).sum())
-        fix = "tile the slide with tile.filters.measure=true, which leaves them out"
-        raise StoreError(f"{unread} of its tiles could not be read", where=str(path), fix=fix)
-    digest = hashlib.sha256(file.features.tobytes())
-    digest.update(f"{file.features.dtype}{file.features.shape}".encode())
-    return SlideFeatures(path.stem, file.features, file.coords, encoder_identity(file.attrs), digest.hexdigest())
+
+    def __init__(self, cache: FeatureCache, units: Sequence[tuple[str, ...]]) -> None:
+        self.cache, self.units = cache, tuple(units)
+        check_same_encoder([facts for place in range(len(self)) for facts in self._facts(place)], "features")
+        self.lengths = tuple(sum(map(len, self._facts(place))) for place in range(len(self)))
+        self.dim = self._facts(0)[0].dim if self.units else 0
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def read(self, place: int) -> Bag:
+        """The bag at a place."""
+        parts = [self.cache.read(slide_id) for slide_id in self.units[place]]
+        value_ND = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return Bag(torch.from_numpy(value_ND), torch.from_numpy(tile_places(self._facts(place))))
+
+    def digest(self, place: int) -> str:
+        """SHA-256 of the bag: of the digests of its slides' values, in their order, and of where their tiles lie."""
+        digest = hashlib.sha256("\n".join(facts.digest for facts in self._facts(place)).encode())
+        digest.update(tile_places(self._facts(place)).tobytes())
+        return digest.hexdigest()
+
+    def statistics(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [D], float32, over all tiles of bags; features that never vary get 1. Nothing is read."""
+        slides = [facts for place in places for facts in self._facts(place)]
+        count = sum(map(len, slides))
+        mean_D = np.sum([facts.sum_D for facts in slides], axis=0) / count
+        square_D = np.sum([facts.square_D for facts in slides], axis=0) / count
+        scale_D = np.sqrt(np.maximum(square_D - mean_D**2, 0))
+        scale_D = np.where(scale_D > 1e-6 * (1 + np.abs(mean_D)), scale_D, 1.0)
+        return torch.from_numpy(mean_D).float(), torch.from_numpy(scale_D).float()
+
+    def mean(self, place: int) -> NDArray[np.float64]:
+        """Mean feature [D] of a bag. Nothing is read."""
+        total_D: NDArray[np.float64] = np.sum([facts.sum_D for facts in self._facts(place)], axis=0)
+        return total_D / self.lengths[place]
+
+    def split(self, place: int, value_N: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Values per tile of a bag (first axis N), handed back to its slides."""
+        ends = np.cumsum([len(facts) for facts in self._facts(place)])
+        return dict(zip(self.units[place], np.split(value_N, ends[:-1]), strict=True))
+
+    def _facts(self, place: int) -> list[SlideFacts]:
+        return [self.cache.facts[slide_id] for slide_id in self.units[place]]
 
 
-NO_MATTER = ("recipe_encoder", "recipe_card", "recipe_hash", "recipe_arithmetic", "recipe_compiled")
-"""What of a recipe may differ between machines: the name of a folder, and the ways to compute in half precision, all of which
-keep ``extract.min_fidelity``."""
+def tile_places(slides: Sequence[SlideFacts]) -> NDArray[np.float32]:
+    """Where the tiles of a bag lie [N, 2], as ``Bag.xy_N2``."""
+    parts, left = [], 0.0
+    for facts in slides:
+        if facts.xy_level0 is None or not len(facts):
+            parts.append(np.zeros((len(facts), 2)))
+            continue
+        xy_N2 = (facts.xy_level0 - facts.xy_level0.min(axis=0)) / facts.tile_side_level0
+        xy_N2[:, 0] += left
+        parts.append(xy_N2)
+        left = xy_N2[:, 0].max() + 2
+    return np.concatenate(parts).astype(np.float32)
 
 
-def encoder_identity(attrs: Mapping[str, object]) -> dict[str, str]:
-    """What must agree before features of two files are mixed: the recipe, with the weights' hash in place of their name."""
-    recipe = {name: str(value) for name, value in attrs.items() if name.startswith("recipe_")}
-    if "recipe_weights_sha256" in recipe:
-        for name in NO_MATTER:
-            recipe.pop(name, None)
-    return recipe
-
-
-def check_same_encoder(slides: Iterable[SlideFeatures], where: str) -> None:
+def check_same_encoder(slides: Iterable[SlideFacts], where: str) -> None:
     """Refuse to mix features of different encoders.
 
     Raises:
@@ -78,7 +112,7 @@ def check_same_encoder(slides: Iterable[SlideFeatures], where: str) -> None:
     """
     kinds: dict[tuple[int, tuple[tuple[str, str], ...]], list[str]] = {}
     for slide in slides:
-        kinds.setdefault((slide.feature_ND.shape[1], tuple(sorted(slide.encoder.items()))), []).append(slide.slide_id)
+        kinds.setdefault((slide.dim, tuple(sorted(slide.encoder.items()))), []).append(slide.slide_id)
     if len(kinds) < 2:
         return
     lengths = Counter(length for length, _ in kinds)
@@ -88,29 +122,5 @@ def check_same_encoder(slides: Iterable[SlideFeatures], where: str) -> None:
         if len(lengths) > 1
         else "features of different encoders"
     )
-    raise StoreError(f"{what}: {odd[0]} differs from most", where=where, fix="run `pathfm extract` again for all slides")
-
-
-def make_bag(unit: Unit, slides: Mapping[str, SlideFeatures]) -> Tensor:
-    """Features [N, D] of all tiles of a unit, slide after slide in the order of ``slide_ids``."""
-    parts = [slides[slide_id].feature_ND for slide_id in unit.slide_ids]
-    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-
-def split_by_slide(
-    unit: Unit, slides: Mapping[str, SlideFeatures], value_N: NDArray[np.float64]
-) -> dict[str, NDArray[np.float64]]:
-    """Values per tile of a bag, handed back to its slides."""
-    ends = np.cumsum([len(slides[slide_id].feature_ND) for slide_id in unit.slide_ids])
-    return dict(zip(unit.slide_ids, np.split(value_N, ends[:-1]), strict=True))
-
-
-def tile_statistics(bags: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D] over all tiles of the given (training) bags; features that never vary get 1."""
-    count, total, square = 0, torch.zeros(()), torch.zeros(())
-    for bag in bags:
-        value_ND = bag.double()
-        count, total, square = count + len(bag), total + value_ND.sum(0), square + value_ND.square().sum(0)
-    mean = total / count
-    deviation = (square / count - mean.square()).clamp_min(0).sqrt()
-    return mean.float(), torch.where(deviation > 1e-6 * (1 + mean.abs()), deviation, 1.0).float()
+    fix = "make the features of all slides anew, with one encoder"
+    raise StoreError(f"{what}: {odd[0]} differs from most", where=where, fix=fix)

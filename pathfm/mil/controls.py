@@ -1,84 +1,135 @@
 """What a result has to beat: colour alone, the amount of tissue alone, an encoder that saw no data, labels without meaning.
 
-Legend: B bags, D feature length, C classes, N tiles of a bag.
+Legend: B bags, D feature length, O outputs, T targets, P prediction columns, N tiles of a bag.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
 from pathfm.mil.ensemble import FoldPlaces, tested_places
+from pathfm.mil.tasks import TaskSet
+from pathfm.mil.tasks.contract import Bank
 from pathfm.stats.seeds import derive_seed
 
 COLOUR = "colour histogram"
 COUNT = "tile count"
 UNTRAINED = "untrained encoder"
 SHUFFLED = "shuffled labels"
+STEPS = 200
+"""L-BFGS iterations; these small convex fits need far fewer."""
 
 Floats = NDArray[np.float64]
 
 
-class Baseline(NamedTuple):
-    """Out-of-fold answers of a baseline, per bag of the test parts.
+@dataclass(frozen=True)
+class Linear:
+    """A linear model of standardised values: outputs = (value - mean) / scale @ weight + bias."""
 
-    Attributes:
-        probability_BC: class probabilities of every bag.
-        tile_score: [N] per bag, decision of the regression on the tile.
+    mean_D: Floats
+    scale_D: Floats
+    weight_DO: Floats
+    bias_O: Floats
+
+    def __call__(self, value_BD: Floats) -> Floats:
+        """Outputs [B, O]."""
+        outputs: Floats = (value_BD - self.mean_D) / self.scale_D @ self.weight_DO + self.bias_O
+        return outputs
+
+
+def fit_linear(value_FD: Floats, target_FT: Floats, tasks: TaskSet) -> Linear:
+    """The linear model with the smallest balanced loss of the tasks plus half the squared weights (ridge of strength one)."""
+    mean_D, scale_D = value_FD.mean(axis=0), value_FD.std(axis=0)
+    scale_D = np.where(scale_D > 1e-9, scale_D, 1.0)
+    value = torch.from_numpy((value_FD - mean_D) / scale_D)
+    target, weight = torch.from_numpy(target_FT), torch.from_numpy(tasks.balance(target_FT))
+    everyone = torch.arange(len(value))
+    weight_DO = torch.zeros(value.shape[1], tasks.outputs, dtype=torch.float64, requires_grad=True)
+    bias_O = torch.zeros(tasks.outputs, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_DO, bias_O], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        output_FO = value @ weight_DO + bias_O
+        loss = tasks.loss(output_FO, target, weight, Bank(output_FO.detach(), target, everyone))
+        loss = loss * len(value) + weight_DO.square().sum() / 2
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return Linear(mean_D, scale_D, weight_DO.detach().numpy(), bias_O.detach().numpy())
+
+
+def cross_fit(
+    value_BD: Floats, target_BT: Floats, tasks: TaskSet, folds: Sequence[FoldPlaces]
+) -> tuple[Floats, tuple[Linear, ...]]:
+    """Out-of-fold predictions [tested, P] of a linear model, and the model of each fold.
+
+    A fold learns from its training and validation parts: nothing here is stopped early.
     """
+    said: dict[int, list[Floats]] = {}
+    models = []
+    for fold in folds:
+        learn, test = sorted(fold.train + fold.validation), list(fold.test)
+        part = tasks.for_part(target_BT[learn])
+        model = fit_linear(value_BD[learn], target_BT[learn], part)
+        states = part.fit_state(model(value_BD[learn]), target_BT[learn])
+        models.append(model)
+        if test:
+            for place, row in zip(test, tasks.predict(model(value_BD[test]), states), strict=True):
+                said.setdefault(place, []).append(row)
+    return np.stack([np.mean(said[place], axis=0) for place in tested_places(folds)]), tuple(models)
 
-    probability_BC: Floats
-    tile_score: tuple[Floats, ...]
 
+def count_baseline(count_B: Sequence[int], target_BT: Floats, tasks: TaskSet, folds: Sequence[FoldPlaces]) -> Floats:
+    """Predictions [tested, P] from the number of tiles alone.
 
-def count_baseline(count_B: Sequence[int], label_B: Sequence[int], folds: Sequence[FoldPlaces], positive: int) -> Floats:
-    """Probabilities [B, C] from the number of tiles alone.
-
-    With two classes the number itself is the score (more tiles, more positive), scaled by the fold's learning part: a fitted
-    direction would come out reversed in the test part of a balanced cohort and push a useless control far below one half. An
-    AUROC below one half then says that positives have fewer tiles. With more classes a logistic regression is fitted.
+    With two classes (and one task) the number itself is the score (more tiles, more positive), scaled by the fold's learning
+    part: a fitted direction would come out reversed in the test part of a balanced cohort and push a useless control far below
+    one half. An AUROC below one half then says that positives have fewer tiles. Otherwise a linear model is fitted.
     """
     size_B1 = np.log1p(np.asarray(count_B, dtype=np.float64))[:, None]
-    if len(set(label_B)) > 2:
-        return _cross_fit(size_B1, label_B, folds)[0][list(tested_places(folds))]
-    probability_BC = np.zeros((len(label_B), 2))
+    if len(tasks.tasks) > 1 or tasks.main.kind != "binary":
+        return cross_fit(size_B1, target_BT, tasks, folds)[0]
+    positive = tasks.main.positive
+    said: dict[int, list[Floats]] = {}
     for fold in folds:
-        scaler = StandardScaler().fit(size_B1[sorted(fold.train + fold.validation)])
+        learn = size_B1[sorted(fold.train + fold.validation)]
         for place in fold.test:
-            more = float(expit(scaler.transform(size_B1[[place]])[0, 0]))
-            probability_BC[place, [positive, 1 - positive]] = more, 1 - more
-    return probability_BC[list(tested_places(folds))]
+            more = float(expit((size_B1[place, 0] - learn.mean()) / (learn.std() or 1.0)))
+            row = np.zeros(2)
+            row[[positive, 1 - positive]] = more, 1 - more
+            said.setdefault(place, []).append(row)
+    return np.stack([np.mean(said[place], axis=0) for place in tested_places(folds)])
 
 
-def colour_baseline(bags: Sequence[Floats], label_B: Sequence[int], folds: Sequence[FoldPlaces], positive: int) -> Baseline:
-    """Mean histogram of each bag [N, D] to a class, and tiles scored by the same regression.
+def tile_score(model: Linear, tile_ND: Floats, tasks: TaskSet) -> Floats:
+    """How much each tile [N] speaks for the positive class of the main task, by a model that is linear in the bag's mean.
 
-    The regression is linear in the mean histogram, so its decision on a bag is the mean of its decisions on the tiles: those
-    (for the positive class, from the fold's own regression) are the tile scores.
+    Its decision on a bag is the mean of its decisions on the tiles.
     """
-    bag_BD = np.stack([bag.mean(axis=0) for bag in bags])
-    probability_BC, models = _cross_fit(bag_BD, label_B, folds)
-    fold_of = {place: number for number, fold in enumerate(folds) for place in fold.test}
-    tested = tested_places(folds)
-    scores = tuple(_tile_score(models[fold_of[place]], bags[place], positive) for place in tested)
-    return Baseline(probability_BC[list(tested)], scores)
+    output_NO = model(tile_ND)[:, tasks.slice_of(tasks.main).outputs]
+    if tasks.main.positive < 0 or output_NO.shape[1] <= tasks.main.positive:
+        return np.asarray(output_NO.mean(axis=1))
+    chosen = output_NO[:, tasks.main.positive]
+    return np.asarray(chosen - np.delete(output_NO, tasks.main.positive, axis=1).mean(axis=1))
 
 
-def shuffled_labels(stratum_of: Mapping[str, str], test_parts: Sequence[Sequence[str]], seed: int) -> dict[str, str]:
-    """Labels dealt out anew among the patients of each test part: every true class gets its share of every label.
+def dealt_patients(stratum_of: Mapping[str, str], test_parts: Sequence[Sequence[str]], seed: int) -> dict[str, str]:
+    """patient -> the patient whose labels are dealt to him, within each test part: labels without meaning.
 
     The parts keep their labels, because unbalanced folds alone push the AUROC of a useless model below one half. And the new
-    labels are as unrelated to the true ones as numbers allow: a blind permutation of forty patients agrees with the truth by
-    chance often enough to make a good model look as if something leaked.
+    labels are as unrelated to the true ones as numbers allow (every true class gets its share of every label): a blind
+    permutation of forty patients agrees with the truth by chance often enough to make a good model look as if something leaked.
     """
-    shuffled: dict[str, str] = {}
+    dealt: dict[str, str] = {}
     for number, part in enumerate(test_parts):
         rng = np.random.default_rng(derive_seed("shuffled labels", seed, number))
         place: dict[str, float] = {}
@@ -87,27 +138,13 @@ def shuffled_labels(stratum_of: Mapping[str, str], test_parts: Sequence[Sequence
             # The members of a class are spread evenly, in random order, over the line along which the labels are dealt.
             positions = (rng.permutation(len(members)) + rng.random()) / len(members)
             place.update(zip(members, positions.tolist(), strict=True))
-        labels = sorted(stratum_of[patient] for patient in part)
-        shuffled.update(zip(sorted(part, key=lambda patient: (place[patient], patient)), labels, strict=True))
-    return shuffled
+        sources = sorted(part, key=lambda patient: (stratum_of[patient], patient))
+        dealt.update(zip(sorted(part, key=lambda patient: (place[patient], patient)), sources, strict=True))
+    return dealt
 
 
-def _cross_fit(bag_BD: Floats, label_B: Sequence[int], folds: Sequence[FoldPlaces]) -> tuple[Floats, list[Pipeline]]:
-    label = np.asarray(label_B)
-    probability_BC = np.zeros((len(label), int(label.max()) + 1))
-    models = []
-    for fold in folds:
-        learn, test = sorted(fold.train + fold.validation), list(fold.test)
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000))
-        model.fit(bag_BD[learn], label[learn])
-        if test:
-            probability_BC[np.ix_(test, model.classes_)] = model.predict_proba(bag_BD[test])
-        models.append(model)
-    return probability_BC, models
-
-
-def _tile_score(model: Pipeline, tile_ND: Floats, positive: int) -> Floats:
-    decision: Floats = model.decision_function(tile_ND)
-    if decision.ndim == 1:
-        return decision if positive == 1 else -decision
-    return decision[:, list(model.classes_).index(positive)]
+def permuted_patients(patients: Sequence[str], seed: int, number: int) -> dict[str, str]:
+    """patient -> the patient whose labels he gets in permutation ``number``: blind, as a permutation test needs it."""
+    ordered = sorted(patients)
+    order = np.random.default_rng(derive_seed("permutation", seed, number)).permutation(len(ordered))
+    return {patient: ordered[index] for patient, index in zip(ordered, order.tolist(), strict=True)}

@@ -1,57 +1,51 @@
-"""Training of one network, and how a network is asked: in eval mode, without gradients, always.
+"""Training of all networks of all folds in one pass of the bags per epoch, and how a network is asked.
 
-Legend: B bags, N tiles of a bag, D feature length, C classes.
+Legend: B bags, N tiles of a bag, O outputs, T targets, Q queries, H slide vector.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from pathfm.errors import TrainingError
-from pathfm.mil.aggregator import AttentionMil
-from pathfm.mil.bags import tile_statistics
-from pathfm.study import MilSettings
+from pathfm.errors import SlideError
+from pathfm.log import track
+from pathfm.mil.aggregators.contract import Packed
+from pathfm.mil.bags import Bag, Bags
+from pathfm.mil.learner import Course, FoldJob, FoldLearner
+from pathfm.mil.member import EpochLoss, Fitted
+from pathfm.mil.network import Network
+from pathfm.mil.passes import Reader, one_thread, run_passes, worker_threads
+from pathfm.mil.tasks import TaskSet
+from pathfm.mil_settings import MilSettings
+from pathfm.models.processor import cpu_has_bf16
+
+__all__ = ["CPU", "Answer", "EpochLoss", "Fitted", "FoldJob", "Machine", "ask", "fit_folds", "one_thread", "worker_threads"]
 
 CPU = torch.device("cpu")
-ASK_TILES = 65_536
-"""Tiles per forward pass when a network is asked (a larger bag goes alone)."""
+SMALL_BAG_TILES = 200
+"""Where bags have fewer tiles, what half precision saves on a CPU is lost in its many small steps."""
+ASK_TILES = 4096
+"""Tiles that are embedded together when a network is asked: bags of any size then need memory for their embedding only."""
 
 
 @dataclass(frozen=True)
-class Bags:
-    """Bags [N, D] with the class number of each."""
+class Machine:
+    """What training runs on.
 
-    bags: tuple[Tensor, ...]
-    label_B: tuple[int, ...]
+    Attributes:
+        device: where networks are.
+        workers: threads that train folds, one core each; has no part in what comes out.
+    """
 
-    def part(self, indices: Sequence[int]) -> Bags:
-        """The bags at these places."""
-        return Bags(tuple(self.bags[index] for index in indices), tuple(self.label_B[index] for index in indices))
-
-
-class EpochLoss(NamedTuple):
-    """Class-weighted cross-entropy: mean over the epoch's batches, and on the inner validation part after it."""
-
-    train: float
-    validation: float
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The network at its best epoch (in eval mode), and the losses of every epoch."""
-
-    model: AttentionMil
-    best_epoch: int
-    curve: tuple[EpochLoss, ...]
+    device: torch.device = CPU
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,133 +53,89 @@ class Answer:
     """What a network says of one bag.
 
     Attributes:
-        probability_C: sums to 1.
-        attention_N: sums to 1 over the tiles of the bag.
-        attention_logit_N: attention before the softmax.
+        output_O: of the heads.
+        attention_NQ: sums to 1 over the tiles for each query; None where the aggregator has none of its own.
+        logit_NQ: attention before the softmax.
+        slide_H: the slide vector.
     """
 
-    probability_C: NDArray[np.float64]
-    attention_N: NDArray[np.float64]
-    attention_logit_N: NDArray[np.float64]
+    output_O: NDArray[np.float64]
+    attention_NQ: NDArray[np.float64] | None
+    logit_NQ: NDArray[np.float64] | None
+    slide_H: NDArray[np.float64]
 
 
-def build(dim: int, classes: int, settings: MilSettings) -> AttentionMil:
-    """The network of the settings, its weights not yet drawn."""
-    return AttentionMil(dim, settings.hidden, settings.attention, classes, settings.dropout)
+def fit_folds(
+    bags: Bags,
+    target_BT: NDArray[np.float64],
+    tasks: TaskSet,
+    jobs: Sequence[FoldJob],
+    settings: MilSettings,
+    done: Callable[[FoldJob, list[Fitted]], None],
+    machine: Machine = Machine(),
+) -> None:
+    """Trains all members of all folds; each bag is read and cast once per epoch, however many networks learn from it.
 
+    AdamW with a cosine; the epoch with the lowest loss on the validation part is kept. All chance comes from ``settings.seed``
+    (order of the bags, tiles drawn from them) and the seeds of the members; a fold comes out the same to the last bit whatever
+    other folds are trained beside it and in however many threads. Each worker computes on one core.
 
-def fit(train: Bags, validation: Bags, classes: int, settings: MilSettings, seed: int, device: torch.device = CPU) -> Fitted:
-    """Train one network; the epoch with the lowest loss on ``validation`` is kept.
-
-    AdamW, cosine learning rate, cross-entropy weighted so that every class counts the same. Bags stay where they are and go to
-    the device batch by batch; all chance comes from ``seed``. Whoever is to be tested is not an argument, so cannot have a say.
+    Args:
+        bags: all bags; those in no part of a job are not read.
+        target_BT: of all bags.
+        tasks: what is learned.
+        jobs: folds to train.
+        settings: how.
+        done: is called in this thread as each fold finishes, so that it can be saved.
+        machine: where.
 
     Raises:
-        TrainingError: a loss is not finite.
+        TrainingError: a loss is not finite, or a fold has nothing to learn from or to stop by.
     """
-    draw = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
-    model = build(train.bags[0].shape[1], classes, settings)
-    model.draw_weights(draw)
-    mean_D, deviation_D = tile_statistics(train.bags)
-    model.mean_D.copy_(mean_D)
-    model.scale_D.copy_(deviation_D)
-    model.to(device)
-    weight_C = _class_weights(train.label_B, classes).to(device)
-    rates = _cosine(settings.lr, settings.epochs * math.ceil(len(train.bags) / settings.batch_bags))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    best, best_epoch, state = math.inf, 0, {}
-    curve: list[EpochLoss] = []
-    for epoch in range(settings.epochs):
-        losses = [
-            _step(model, optimizer, next(rates), _loss(model, batch, weight_C, noise))
-            for batch in _batches(train, settings, draw)
-        ]
-        curve.append(EpochLoss(sum(losses) / len(losses), evaluate_loss(model, validation, weight_C)))
-        if not all(map(math.isfinite, curve[-1])):
-            raise TrainingError(f"the loss is not finite in epoch {epoch}", where="mil", fix="lower mil.lr")
-        if curve[-1].validation < best:
-            best, best_epoch = curve[-1].validation, epoch
-            state = {name: value.clone() for name, value in model.state_dict().items()}
-        elif epoch - best_epoch >= settings.patience:
-            break
-    model.load_state_dict(state)
-    return Fitted(model.eval(), best_epoch, tuple(curve))
+    dtype = training_dtype(settings, machine.device, bags.lengths)
+    course = Course(bags, target_BT, tasks, settings, machine.device, dtype)
+    reader = Reader(bags, settings.seed, settings.max_bag_tiles, dtype, machine.device)
+
+    def over(learner: FoldLearner) -> None:
+        done(learner.job, learner.fitted())
+
+    passes = run_passes(reader, [FoldLearner(job, course) for job in jobs], machine.workers, over)
+    for _ in track(passes, "mil: passes over the bags", settings.epochs + 1):
+        pass
 
 
-def evaluate_loss(model: AttentionMil, held: Bags, weight_C: Tensor) -> float:
-    """Class-weighted cross-entropy of bags the network does not learn from."""
-    model.eval()
+def training_dtype(settings: MilSettings, device: torch.device, lengths: Sequence[int]) -> torch.dtype:
+    """The precision of training; auto is bf16 where the device computes it itself, on a CPU only if bags are not small.
+
+    The lengths are those of all bags, whoever learns from them, so that a fold is the same beside any others.
+    """
+    precision = settings.precision
+    if precision == "auto" and device.type == "cpu":
+        typical = min(float(np.median(lengths)), settings.max_bag_tiles or math.inf)
+        precision = "bf16" if typical >= SMALL_BAG_TILES and cpu_has_bf16() else "fp32"
+    elif precision == "auto":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def ask(network: Network, bag: Bag, device: torch.device = CPU) -> Answer:
+    """What a network says of a bag, alone, in fp32, in eval mode: the only way networks are asked.
+
+    Raises:
+        SlideError: the bag has no tiles.
+    """
+    if not len(bag.feature_ND):
+        raise SlideError("a bag without tiles cannot be classified", fix="see what became of its slides in tiling")
+    network.to(device).eval()
     with torch.inference_mode():
-        logit_BC = torch.cat([model(*_packed(model, chunk)).logit_BC for chunk in _chunks(held.bags)])
-        label_B = torch.tensor(held.label_B, device=logit_BC.device)
-        return float(cross_entropy(logit_BC, label_B, weight=weight_C))
+        parts = [network.embed(part_ND.to(device).float()) for part_ND in torch.split(bag.feature_ND, ASK_TILES)]
+        tile_NH = torch.cat(parts)
+        packed = Packed(tile_NH, (len(tile_NH),), bag.xy_N2.to(device))
+        pooled = network.pool(tile_NH, packed)
+    attention_NQ, logit_NQ = (None if value is None else _plain(value) for value in (pooled.attention_NQ, pooled.logit_NQ))
+    return Answer(_plain(pooled.output_BO[0]), attention_NQ, logit_NQ, _plain(pooled.slide_BH[0]))
 
 
-def ask(model: AttentionMil, bags: Sequence[Tensor]) -> list[Answer]:
-    """What the network says of each bag [N, D]; the bag's neighbours have no part in it."""
-    model.eval()
-    answers: list[Answer] = []
-    with torch.inference_mode():
-        for chunk in _chunks(bags):
-            verdict = model(*_packed(model, chunk))
-            lengths = [len(bag) for bag in chunk]
-            attention = verdict.attention_N.double().cpu().split(lengths)
-            logit = verdict.attention_logit_N.double().cpu().split(lengths)
-            probability_BC = verdict.logit_BC.double().softmax(1).cpu()
-            answers += [
-                Answer(*(part.numpy() for part in parts)) for parts in zip(probability_BC, attention, logit, strict=True)
-            ]
-    return answers
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, loss: Tensor) -> float:
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return float(loss.detach())
-
-
-def _loss(model: AttentionMil, batch: Bags, weight_C: Tensor, noise: torch.Generator) -> Tensor:
-    model.train()
-    logit_BC = model(*_packed(model, batch.bags), noise).logit_BC
-    return cross_entropy(logit_BC, torch.tensor(batch.label_B, device=logit_BC.device), weight=weight_C)
-
-
-def _batches(train: Bags, settings: MilSettings, draw: torch.Generator) -> Iterator[Bags]:
-    """Shuffled batches; from bags larger than ``max_bag_tiles`` other tiles are drawn every epoch."""
-    order = torch.randperm(len(train.bags), generator=draw).tolist()
-    for start in range(0, len(order), settings.batch_bags):
-        batch = train.part(order[start : start + settings.batch_bags])
-        yield Bags(tuple(_draw_tiles(bag, settings.max_bag_tiles, draw) for bag in batch.bags), batch.label_B)
-
-
-def _draw_tiles(bag: Tensor, most: int | None, draw: torch.Generator) -> Tensor:
-    if most is None or len(bag) <= most:
-        return bag
-    return bag[torch.randperm(len(bag), generator=draw)[:most]]
-
-
-def _packed(model: AttentionMil, bags: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    return torch.cat(list(bags)).to(model.mean_D.device).float(), [len(bag) for bag in bags]
-
-
-def _chunks(bags: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    chunk: list[Tensor] = []
-    for bag in bags:
-        if chunk and sum(map(len, chunk)) + len(bag) > ASK_TILES:
-            yield chunk
-            chunk = []
-        chunk.append(bag)
-    if chunk:
-        yield chunk
-
-
-def _class_weights(label_B: Sequence[int], classes: int) -> Tensor:
-    count_C = torch.bincount(torch.tensor(label_B), minlength=classes)
-    return len(label_B) / (classes * count_C.clamp_min(1).float())
-
-
-def _cosine(lr: float, steps: int) -> Iterator[float]:
-    return (lr * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps))
+def _plain(value: Tensor) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = value.double().cpu().numpy()
+    return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,13 +10,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm.errors import StoreError
-from pathfm.mil.bags import SlideFeatures, check_same_encoder, read_slide
-from pathfm.mil.roster import Absence
+from pathfm.mil.bags import check_same_encoder
+from pathfm.mil.feature_cache import FeatureCache, SlideFacts
+from pathfm.mil.foreign_inputs import ForeignFolder, foreign_notes, reader_of
+from pathfm.mil.roster import Absence, has_label
 from pathfm.mil.truth import TileLabels, read_mask, read_tile_labels, tile_truth
 from pathfm.store.cohort import Cohort, SlideRow
 from pathfm.store.record import Outcome
 from pathfm.store.tile_store import TileStore, open_tiles
-from pathfm.study import Study
+from pathfm.study import ExtractSettings, Study, TileSettings
+
+FindFeatures = Callable[[Path, str], Path | None]
+"""The feature file of a slide in a folder, if there is one."""
+
+
+@dataclass(frozen=True)
+class Deploy:
+    """What makes features of new slides like those that were learned from.
+
+    Attributes:
+        tile: settings of the tiles.
+        extract: settings of the features, their precision resolved.
+        encoder_folder: of an own or local encoder; None for public ones.
+    """
+
+    tile: TileSettings
+    extract: ExtractSettings
+    encoder_folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,8 @@ class MilInputs:
         main_name: what reports call the main model.
         fingerprint: of the features.
         encoder_dir: folder of the study's own encoder with its card and manifest; None where another one is used.
+        foreign: the main features where they were made elsewhere, in any tool's layout.
+        deploy: how features of new slides are made; None where they come from elsewhere, and then nothing can be locked.
     """
 
     features_dirs: Mapping[str, Path]
@@ -40,6 +62,14 @@ class MilInputs:
     main_name: str
     fingerprint: str
     encoder_dir: Path | None = None
+    foreign: ForeignFolder | None = None
+    deploy: Deploy | None = None
+
+    def feature_file(self, role: str, slide_id: str) -> Path:
+        """Where the features of a slide lie."""
+        if self.foreign is not None and (found := self.foreign.find(slide_id)):
+            return found
+        return self.features_dirs[role] / f"{slide_id}.h5"
 
 
 @dataclass
@@ -47,22 +77,22 @@ class Gathered:
     """Slides that take part, by slide_id, and those that do not.
 
     Attributes:
-        slides: checked main features.
+        slides: facts of the main features, which lie in the cache.
         stores: tile stores, where there is one.
         truth: lesion truth [N] of the tiles, where something is known.
         absent: slides that take no part, and why.
         notes: what a reader should know.
     """
 
-    slides: dict[str, SlideFeatures] = field(default_factory=dict)
+    slides: dict[str, SlideFacts] = field(default_factory=dict)
     stores: dict[str, TileStore] = field(default_factory=dict)
     truth: dict[str, NDArray[np.int8]] = field(default_factory=dict)
     absent: dict[str, Absence] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def gather(study: Study, cohort: Cohort, inputs: MilInputs) -> Gathered:
-    """Reads everything of every slide; a slide that cannot be used is noted with its reason.
+def gather(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCache) -> Gathered:
+    """Reads everything of every slide into the cache; a slide that cannot be used is noted with its reason.
 
     Raises:
         StoreError: the features are of different encoders.
@@ -71,59 +101,70 @@ def gather(study: Study, cohort: Cohort, inputs: MilInputs) -> Gathered:
     labels = read_tile_labels(study.cohort.tile_labels) if study.cohort.tile_labels else None
     gathered = Gathered()
     for row in sorted(cohort.rows, key=lambda row: row.slide_id):
-        absence = _absence(row, study.mil.label, inputs)
+        absence = _absence(row, study, inputs)
         if absence is None:
-            absence = _read(row, labels, inputs, gathered)
+            absence = _read(row, labels, inputs, gathered, cache)
         if absence is not None:
             gathered.absent[row.slide_id] = absence
     check_same_encoder(gathered.slides.values(), str(inputs.features_dirs["main"]))
+    if inputs.foreign is not None:
+        gathered.notes += foreign_notes(inputs.foreign, cohort, gathered.slides)
     return gathered
 
 
-def read_control(folder: Path, main: Mapping[str, SlideFeatures], slide_ids: list[str]) -> dict[str, SlideFeatures]:
-    """Features of a control for the same slides and tiles as the main ones.
+def read_control(inputs: MilInputs, role: str, main: Mapping[str, SlideFacts], cache: FeatureCache) -> None:
+    """Reads features of a control, of the same slides and tiles as the main ones, into its own cache.
 
     Raises:
         StoreError: one is absent or unusable, or its tiles are not those of the main features.
     """
-    slides = {slide_id: read_slide(folder / f"{slide_id}.h5") for slide_id in slide_ids}
-    check_same_encoder(slides.values(), str(folder))
+    slides = {slide_id: cache.add(slide_id, inputs.feature_file(role, slide_id)) for slide_id in sorted(main)}
+    check_same_encoder(slides.values(), str(inputs.features_dirs[role]))
     for slide_id, slide in slides.items():
-        if not np.array_equal(slide.xy_level0, main[slide_id].xy_level0):
-            raise StoreError(
-                "the tiles differ from those of the main features",
-                where=f"{folder / slide_id}.h5",
-                fix="run `pathfm extract` again",
-            )
-    return slides
+        if not np.array_equal(_places(slide), _places(main[slide_id])):
+            where = str(inputs.feature_file(role, slide_id))
+            raise StoreError("the tiles differ from those of the main features", where=where, fix="run `pathfm extract` again")
 
 
-def _absence(row: SlideRow, label: str, inputs: MilInputs) -> Absence | None:
+def _absence(row: SlideRow, study: Study, inputs: MilInputs) -> Absence | None:
     outcome = inputs.upstream.get(row.slide_id)
     if outcome is not None and outcome.status in ("failed", "empty"):
         return Absence(outcome.status, outcome.reason or f"{outcome.status} before mil")
-    if not (inputs.features_dirs["main"] / f"{row.slide_id}.h5").is_file():
+    if not inputs.feature_file("main", row.slide_id).exists():
         return Absence("no file", "there is no feature file")
-    return None if row.labels.get(label) else Absence("no label", f"no value in the label column {label!r}")
+    return None if has_label(row, study.mil) else Absence("no label", f"no value for {study.mil.label!r}")
 
 
-def _read(row: SlideRow, labels: TileLabels | None, inputs: MilInputs, gathered: Gathered) -> Absence | None:
+def _read(
+    row: SlideRow, labels: TileLabels | None, inputs: MilInputs, gathered: Gathered, cache: FeatureCache
+) -> Absence | None:
     """Adds a slide to ``gathered``, or tells why not."""
     store_path = inputs.stores_dir / f"{row.slide_id}.zarr"
     try:
-        slide = read_slide(inputs.features_dirs["main"] / f"{row.slide_id}.h5")
+        path = inputs.feature_file("main", row.slide_id)
+        slide = cache.add(row.slide_id, path, reader_of(path, row.mpp) if inputs.foreign else None)
         store = open_tiles(store_path) if store_path.is_dir() else None
-        if store is not None and not np.array_equal(store.xy_level0, slide.xy_level0):
+        if store is not None and not _belong(store, slide):
             return Absence("failed", "tiles and features do not belong together: run `pathfm extract` again")
     except StoreError as error:
         return Absence("failed", error.what)
-    if not len(slide.feature_ND):
-        return Absence("empty", "no tiles")
+    if not len(slide):
+        return Absence("empty", "no tiles" if not slide.file_rows else "no tile could be read")
     gathered.slides[row.slide_id] = slide
+    if unread := slide.file_rows - len(slide):
+        gathered.notes.append(f"{row.slide_id}: {unread} of {slide.file_rows} tiles could not be read and are left out")
     if store is not None:
         gathered.stores[row.slide_id] = store
         _add_truth(row, store, labels, gathered)
     return None
+
+
+def _places(slide: SlideFacts) -> NDArray[np.float64]:
+    return np.zeros((len(slide), 0)) if slide.xy_level0 is None else slide.xy_level0
+
+
+def _belong(store: TileStore, slide: SlideFacts) -> bool:
+    return len(store) == slide.file_rows and np.array_equal(store.xy_level0[slide.kept], _places(slide))
 
 
 def _add_truth(row: SlideRow, store: TileStore, labels: TileLabels | None, gathered: Gathered) -> None:
@@ -134,4 +175,4 @@ def _add_truth(row: SlideRow, store: TileStore, labels: TileLabels | None, gathe
         mask = None
     truth = tile_truth(store, mask, labels)
     if truth is not None:
-        gathered.truth[row.slide_id] = truth
+        gathered.truth[row.slide_id] = truth[gathered.slides[row.slide_id].kept]

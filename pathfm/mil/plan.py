@@ -1,25 +1,37 @@
-"""Who is compared with whom: the cohort, its units and its folds, fixed before anything is trained."""
+"""Who is compared with whom: the cohort, its units, its tasks and its splits, fixed before anything is trained.
+
+Legend: B bags (units), T target columns.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from pathfm.config import fingerprint
 from pathfm.errors import UsageError
-from pathfm.mil.bags import SlideFeatures, make_bag
-from pathfm.mil.controls import shuffled_labels
+from pathfm.mil.bags import Bags
 from pathfm.mil.ensemble import FoldPlaces, tested_places
+from pathfm.mil.feature_cache import FeatureCache
+from pathfm.mil.groupings import find_groupings
 from pathfm.mil.held_out import held_out_patients
 from pathfm.mil.inputs import Gathered, MilInputs, gather
-from pathfm.mil.roster import Roster, check_cohort, make_roster, patient_ids
+from pathfm.mil.leaks import Leak, SlideTrace, check_leaks, find_leaks, together
+from pathfm.mil.roster import Unit, all_columns, check_cohort, make_units, patient_ids, said_label, stratum_of
 from pathfm.mil.seen import Seen, look_for_seen
-from pathfm.stats.folds import Fold, held_out_fold, stratified_group_folds
+from pathfm.mil.splits import Splits, make_splits, patient_facts
+from pathfm.mil.tasks import TaskSet, make_tasks
+from pathfm.mil_settings import MilSettings
+from pathfm.stats.folds import Fold, held_out_fold
 from pathfm.store.cohort import Cohort
-from pathfm.study import MilSettings, Study
+from pathfm.store.tile_store import open_tiles
+from pathfm.study import Study
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -28,10 +40,14 @@ class Plan:
 
     Attributes:
         patients: slide_id -> patient.
-        gathered: features, stores and truth of the slides that take part, and the reasons of the others.
-        roster: units and classes.
-        folds: by patient.
-        places: the same folds, by place in ``roster.units``; test parts without the patients whom ``exclude`` leaves out.
+        gathered: facts, stores and truth of the slides that take part, and the reasons of the others.
+        units: what is classified, in the order of all bags.
+        bags: their features.
+        tasks: what is predicted.
+        target_BT: the targets of the units.
+        splits: by patient.
+        places: the same, by place in ``units``; test parts without the patients whom ``exclude`` leaves out.
+        leaks: what different patients share.
         seen: what the encoder has seen of the slides.
     """
 
@@ -39,9 +55,13 @@ class Plan:
     cohort: Cohort
     patients: Mapping[str, str]
     gathered: Gathered
-    roster: Roster
-    folds: tuple[Fold, ...]
+    units: tuple[Unit, ...]
+    bags: Bags
+    tasks: TaskSet
+    target_BT: Floats
+    splits: Splits
     places: tuple[FoldPlaces, ...]
+    leaks: tuple[Leak, ...]
     seen: Seen
 
     @property
@@ -50,102 +70,189 @@ class Plan:
         return self.study.mil
 
     @property
-    def patient_B(self) -> list[str]:
-        """The patient of each unit."""
-        return [unit.patient_id for unit in self.roster.units]
+    def tested(self) -> tuple[int, ...]:
+        """Places of those whom the numbers rest on: the units of all test parts, in their order."""
+        return tested_places(self.places)
 
     @property
-    def judged(self) -> Roster:
-        """Those whom the numbers rest on: the units of all test parts, in their order. Without ``exclude`` that is everyone."""
-        return replace(self.roster, units=tuple(self.roster.units[place] for place in tested_places(self.places)))
+    def judged(self) -> tuple[Unit, ...]:
+        """Those whom the numbers rest on."""
+        return tuple(self.units[place] for place in self.tested)
 
     @property
     def judged_patients(self) -> list[str]:
         """The patient of each judged unit."""
-        return [unit.patient_id for unit in self.judged.units]
+        return [unit.patient_id for unit in self.judged]
 
     @property
-    def positive(self) -> int:
-        """The number of the positive class."""
-        return self.roster.classes.index(self.roster.positive)
+    def person_of(self) -> dict[str, str]:
+        """Patient -> whom he counts as in statistics: patients who share data are one person (by the first of their names)."""
+        person = {patient: min(group) for group in together(self.leaks) for patient in group}
+        return {unit.patient_id: person.get(unit.patient_id, unit.patient_id) for unit in self.units}
 
     @property
-    def shuffled_B(self) -> tuple[int, ...]:
-        """Class numbers of the units after labels were permuted among patients."""
-        stratum_of = self.roster.stratum_of
-        parts = [fold.test for fold in self.folds]
-        rest = tuple(sorted(set(stratum_of).difference(*parts)))
-        shuffled = shuffled_labels(stratum_of, [*parts, rest] if rest else parts, self.settings.seed)
-        return tuple(self.roster.classes.index(shuffled[patient]) for patient in self.patient_B)
+    def judged_persons(self) -> list[str]:
+        """Whom each judged unit counts as in statistics."""
+        person = self.person_of
+        return [person[patient] for patient in self.judged_patients]
 
     @property
-    def tiles_B(self) -> list[int]:
-        """Tiles of each unit."""
-        slides = self.gathered.slides
-        return [sum(len(slides[slide_id].feature_ND) for slide_id in unit.slide_ids) for unit in self.roster.units]
+    def strata(self) -> dict[str, str]:
+        """Patient -> stratum."""
+        return stratum_of(self.units, _strata(self.tasks, self.target_BT))
 
-    def bags(self, slides: Mapping[str, SlideFeatures]) -> tuple[Tensor, ...]:
-        """The bag of each unit from one set of features."""
-        return tuple(make_bag(unit, slides) for unit in self.roster.units)
-
-    def digest_B(self, slides: Mapping[str, SlideFeatures]) -> tuple[str, ...]:
-        """Content hash of the bag of each unit."""
-        return tuple(fingerprint([slides[slide_id].digest for slide_id in unit.slide_ids]) for unit in self.roster.units)
+    @property
+    def label_B(self) -> list[str]:
+        """What the main task is to say of each unit, in words."""
+        return [said_label(self.tasks.main.name, unit.labels) for unit in self.units]
 
     @property
     def fingerprint(self) -> str:
         """Of everything that decides the results besides the features of the controls."""
         truth = {slide_id: hashlib.sha256(values.tobytes()).hexdigest() for slide_id, values in self.gathered.truth.items()}
         return fingerprint(
-            self.settings,
+            # Where files lie is not what they hold.
+            self.settings.model_dump(mode="json", exclude={"features": True, "split": {"file"}}),
             self.study.report,
-            [[unit.unit_id, unit.patient_id, unit.label, *unit.slide_ids] for unit in self.roster.units],
-            self.digest_B(self.gathered.slides),
+            [[unit.unit_id, unit.patient_id, unit.specimen_id, dict(unit.labels), *unit.slide_ids] for unit in self.units],
+            [self.bags.digest(place) for place in range(len(self.units))],
+            self.tasks.record(),
             {slide_id: list(absence) for slide_id, absence in self.gathered.absent.items()},
             {slide_id: store.fingerprint for slide_id, store in self.gathered.stores.items()},
             truth,
             self.gathered.notes,
             [self.seen.rule, self.seen.known, [list(row) for row in self.seen.rows()], *sorted(self.seen.initial)],
-            [list(fold.test) for fold in self.folds],
+            self.splits.record(),
+            subgroup_columns(self.cohort, self.settings),
         )
 
 
-def make_plan(study: Study, cohort: Cohort, inputs: MilInputs) -> Plan:
-    """Checks the cohort, reads the features, and cuts the folds.
+def make_plan(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCache) -> Plan:
+    """Checks the cohort, reads the features into the cache, looks for leaks and makes the splits.
 
     Raises:
-        UsageError: no patients, labels that are absent or contradict each other, too few patients per class, or
-            ``exclude`` leaves nobody to judge.
+        UsageError: no patients, labels that are absent or contradict each other, too few patients per class, patients who share
+            data, or ``exclude`` leaves nobody to judge.
         StoreError: features of different encoders, or a damaged manifest of the encoder.
     """
     patients = patient_ids(cohort, study.cohort)
     check_cohort(cohort, study.mil)
-    gathered = gather(study, cohort, inputs)
-    roster = make_roster(cohort, patients, gathered.absent, study.mil)
+    gathered = gather(study, cohort, inputs, cache)
+    units = make_units(cohort, patients, gathered.absent, study.mil)
+    if not units:
+        lost = sorted({absence.reason for absence in gathered.absent.values()})
+        raise UsageError("no slide can take part", where="mil", fix="; ".join(lost[:5]))
+    tasks = make_tasks(study.mil, [unit.labels for unit in units])
+    target_BT = tasks.encode([unit.labels for unit in units])
+    used = [row for row in cohort.rows if row.slide_id in gathered.slides]
+    groupings = find_groupings(used, patients, all_columns(study.mil))
+    gathered.notes += groupings.notes
+    leaks = (*find_leaks(_traces(gathered, patients)), *groupings.leaks)
     seen = look_for_seen(study, cohort, inputs.stores_dir, inputs.encoder_dir)
-    folds = _folds(study, cohort, roster, seen)
+    strata = stratum_of(units, _strata(tasks, target_BT))
+    splits = (
+        _own_split(study, cohort, strata, together(leaks))
+        if _is_own_split(study, seen)
+        else make_splits(
+            strata,
+            patient_facts(cohort.rows, patients),
+            together(leaks) if study.mil.split.leaks == "merge" else (),
+            study.mil,
+            tasks.main.kind,
+        )
+    )
+    gathered.notes += check_leaks(leaks, splits.folds, study.mil.split.leaks)
     left_out = seen.left_out()
-    places = tuple(_places(fold, roster, left_out) for fold in folds)
-    plan = Plan(study, cohort, patients, gathered, roster, folds, places, seen)
-    if len({unit.label for unit in plan.judged.units}) < 2:
-        what = f"without the {len(left_out)} patients seen in pretraining there are not two classes left to tell apart"
-        raise UsageError(what, where="mil.seen_in_pretraining", fix="judge other patients, or set it to mark")
+    places = tuple(fold_places(fold, units, left_out) for fold in splits.folds)
+    bags = Bags(cache, [unit.slide_ids for unit in units])
+    plan = Plan(study, cohort, patients, gathered, units, bags, tasks, target_BT, splits, places, leaks, seen)
+    _check_judged(plan, left_out)
+    _check_events(plan)
+    # Millions of hashes that nobody asks for any more.
+    for slide_id, facts in gathered.slides.items():
+        gathered.slides[slide_id] = cache.facts[slide_id] = replace(facts, row_hashes=facts.row_hashes[:0])
     return plan
 
 
-def _folds(study: Study, cohort: Cohort, roster: Roster, seen: Seen) -> tuple[Fold, ...]:
-    """The folds; where the split was made before pretraining, that one alone."""
-    settings = study.mil
-    if seen.rule == "exclude" and study.extract.encoder == "pretrained":
-        test = held_out_patients(study, cohort)
-        return (held_out_fold(roster.stratum_of, test, settings.inner_fraction, settings.seed),)
-    return stratified_group_folds(roster.stratum_of, settings.folds, settings.inner_fraction, settings.seed)
+def fold_places(fold: Fold, units: Sequence[Unit], left_out: Collection[str] = ()) -> FoldPlaces:
+    """A fold of patients as places of their units."""
 
-
-def _places(fold: Fold, roster: Roster, left_out: Collection[str]) -> FoldPlaces:
-    def places(patients: tuple[str, ...]) -> tuple[int, ...]:
+    def places(patients: Collection[str]) -> tuple[int, ...]:
         wanted = set(patients)
-        return tuple(place for place, unit in enumerate(roster.units) if unit.patient_id in wanted)
+        return tuple(place for place, unit in enumerate(units) if unit.patient_id in wanted)
 
-    test = tuple(patient for patient in fold.test if patient not in left_out)
+    test = [patient for patient in fold.test if patient not in left_out]
     return FoldPlaces(places(fold.train), places(fold.validation), places(test))
+
+
+def subgroup_columns(cohort: Cohort, settings: MilSettings) -> dict[str, dict[str, str]]:
+    """Column -> slide_id -> value, of the columns by which numbers are given group by group.
+
+    Raises:
+        UsageError: the table has no such column.
+    """
+    known = {*cohort.label_names, "site"}
+    for name in settings.numbers.subgroups:
+        if name not in known:
+            fix = f"columns: {', '.join(sorted(known))}"
+            raise UsageError(f"the cohort has no column {name!r}", where="mil.numbers.subgroups", fix=fix)
+    return {
+        name: {row.slide_id: (row.site if name == "site" else row.labels.get(name)) or "" for row in cohort.rows}
+        for name in settings.numbers.subgroups
+    }
+
+
+def _strata(tasks: TaskSet, target_BT: Floats) -> list[str]:
+    columns = tasks.slice_of(tasks.main).targets
+    return [tasks.main.stratum(target_T[columns]) for target_T in target_BT]
+
+
+def _traces(gathered: Gathered, patients: Mapping[str, str]) -> Iterator[SlideTrace]:
+    for slide_id, facts in sorted(gathered.slides.items()):
+        store = gathered.stores.get(slide_id)
+        identity = str(store.attrs.get("identity") or "") if store else ""
+        # Opened anew, because a store keeps the thumbnail that it was asked for.
+        thumbnail = open_tiles(store.path).thumbnail if store is not None and not store.coords_synthetic else None
+        yield SlideTrace(slide_id, patients[slide_id], identity or None, thumbnail, facts.digest, facts.row_hashes)
+
+
+def _is_own_split(study: Study, seen: Seen) -> bool:
+    """Whether the split was made before the study's own encoder was pretrained: then that one alone counts."""
+    return seen.rule == "exclude" and study.has_own_encoder
+
+
+def _own_split(study: Study, cohort: Cohort, strata: Mapping[str, str], joined: Collection[frozenset[str]]) -> Splits:
+    """The split before pretraining; if leaks are merged, nobody who shares data with a tested patient is learned from."""
+    settings, test = study.mil, held_out_patients(study, cohort)
+    dropped = {patient for group in joined if group & test for patient in group - test}
+    if settings.split.leaks == "refuse":
+        dropped = set()
+    learned = {patient: stratum for patient, stratum in strata.items() if patient not in dropped}
+    fold = held_out_fold(learned, test, settings.inner_fraction, settings.seed)
+    notes = (f"not learned from, because they share data with patients who are tested: {', '.join(sorted(dropped))}",)
+    return Splits((fold,), "held out before pretraining", {}, settings.seed, ("held out",), notes if dropped else ())
+
+
+def _check_judged(plan: Plan, left_out: Collection[str]) -> None:
+    """There must be somebody to judge, of both kinds where there are kinds."""
+    targets = plan.target_BT[list(plan.tested)][:, plan.tasks.slice_of(plan.tasks.main).targets]
+    strata = {plan.tasks.main.stratum(target_T) for target_T in targets} - {""}
+    if len(strata) > 1 or (strata and not plan.tasks.main.classes):
+        return
+    if left_out:
+        what = f"without the {len(left_out)} patients seen in pretraining there are not two classes left to tell apart"
+        raise UsageError(what, where="mil.seen_in_pretraining", fix="judge other patients, or set it to mark")
+    raise UsageError("the test parts do not hold two classes to tell apart", where="mil.split", fix="choose another split")
+
+
+def _check_events(plan: Plan) -> None:
+    """Cox needs an event to learn from and one to stop by: without any, every epoch would look equally good."""
+    task = plan.tasks.main
+    if task.kind != "cox":
+        return
+    event_B = plan.target_BT[:, plan.tasks.slice_of(task).targets][:, 1]
+    for name, fold in zip(plan.splits.names, plan.places, strict=True):
+        for part, places in (("training", fold.train), ("validation", fold.validation)):
+            if not (event_B[list(places)] == 1).any():
+                fix = "use fewer folds, a larger mil.inner_fraction, or kind: discrete"
+                raise UsageError(f"the {part} part of {name} has no event", where="mil.split", fix=fix)

@@ -1,15 +1,16 @@
-"""Who takes part: the cohort's slides become units (patients or slides) with a class, or drop out for a stated reason."""
+"""Who takes part: the cohort's slides become units (patients, specimens or slides), or drop out for a stated reason."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pathfm.errors import UsageError
+from pathfm.mil_settings import MilSettings, TaskSettings
 from pathfm.store.cohort import Cohort, SlideRow, check_labels
-from pathfm.study import CohortSettings, MilSettings
+from pathfm.study import CohortSettings
 
 KINDS = ("no file", "failed", "empty", "no label")
 """Why a slide takes no part, in the order in which reasons win."""
@@ -24,42 +25,43 @@ class Absence(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What is classified as one: a patient with all slides, or one slide.
+    """What is classified as one: a patient with all slides, a specimen, or one slide.
 
     Attributes:
-        unit_id: patient_id or slide_id, by ``mil.level``.
+        unit_id: patient_id, specimen or slide_id, by ``mil.level``.
         patient_id: whom it belongs to.
+        specimen_id: of which specimen it is; of a patient's unit the patient again.
         slide_ids: sorted; their tiles follow each other in this order.
-        label: the class by name.
+        labels: label columns; of slides that say something, the first.
     """
 
     unit_id: str
     patient_id: str
+    specimen_id: str
     slide_ids: tuple[str, ...]
-    label: str
+    labels: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Roster:
-    """Everyone who takes part, sorted by unit_id, and the classes, sorted by name."""
+def label_columns(task: TaskSettings) -> tuple[str, ...]:
+    """The columns of the cohort table that a task needs."""
+    if task.time or task.event:
+        return tuple(name for name in (task.time, task.event) if name)
+    return task.columns or (task.label,)
 
-    units: tuple[Unit, ...]
-    classes: tuple[str, ...]
-    positive: str
 
-    @property
-    def label_B(self) -> tuple[int, ...]:
-        """The class number of each unit."""
-        return tuple(self.classes.index(unit.label) for unit in self.units)
+def all_columns(settings: MilSettings) -> tuple[str, ...]:
+    """The columns that any task needs, each once."""
+    return tuple(dict.fromkeys(name for task in settings.tasks for name in label_columns(task)))
 
-    @property
-    def stratum_of(self) -> dict[str, str]:
-        """Patient -> class by which folds are balanced: of a patient with several classes the rarest (by patients)."""
-        classes_of: dict[str, set[str]] = {}
-        for unit in self.units:
-            classes_of.setdefault(unit.patient_id, set()).add(unit.label)
-        patients = Counter(label for labels in classes_of.values() for label in labels)
-        return {patient: min(labels, key=lambda label: (patients[label], label)) for patient, labels in classes_of.items()}
+
+def has_label(row: SlideRow, settings: MilSettings) -> bool:
+    """Whether a slide has what at least one task needs (of several columns of one task: any; of survival: both)."""
+
+    def has(task: TaskSettings) -> bool:
+        found = [bool(row.labels.get(name)) for name in label_columns(task)]
+        return all(found) if task.time else any(found)
+
+    return any(has(task) for task in settings.tasks)
 
 
 def patient_ids(cohort: Cohort, settings: CohortSettings) -> dict[str, str]:
@@ -82,49 +84,69 @@ def check_cohort(cohort: Cohort, settings: MilSettings) -> None:
     """Refuse a cohort that cannot be learned from whatever the features are.
 
     Raises:
-        UsageError: the label column is absent or empty, or patients whose slides contradict each other (level patient).
+        UsageError: a label column is absent or empty, slides of one unit contradict each other, or specimens are not named.
     """
-    check_labels(cohort, settings.label, settings.level)
+    for name in all_columns(settings):
+        check_labels(cohort, name, settings.level)
+    unnamed = [row for row in cohort.rows if not row.specimen_id]
+    if settings.level == "specimen" and unnamed:
+        what = f"{len(unnamed)} of {len(cohort.rows)} slides have no specimen_id"
+        raise UsageError(what, where=f"mil.level: {_named(unnamed)}", fix="fill the column, or set mil.level to another one")
 
 
-def make_roster(cohort: Cohort, patients: Mapping[str, str], absent: Mapping[str, Absence], settings: MilSettings) -> Roster:
-    """Units of all slides that take part; the order of the table plays no role.
+def make_units(
+    cohort: Cohort, patients: Mapping[str, str], absent: Mapping[str, Absence], settings: MilSettings
+) -> tuple[Unit, ...]:
+    """Units of all slides that take part, sorted by patient and id; the order of the table plays no role.
 
     Args:
         cohort: all slides.
         patients: slide_id -> patient.
         absent: slides that take no part.
-        settings: label, level and the positive class.
-
-    Raises:
-        UsageError: fewer than two classes are left, or ``mil.positive`` is none of them.
+        settings: the level, and the columns of the tasks.
     """
     members: dict[tuple[str, str], list[SlideRow]] = {}
     for row in sorted(cohort.rows, key=lambda row: row.slide_id):
         if row.slide_id not in absent:
             patient = patients[row.slide_id]
-            members.setdefault((patient if settings.level == "patient" else row.slide_id, patient), []).append(row)
-    units = tuple(
-        Unit(unit_id, patient, tuple(row.slide_id for row in rows), rows[0].labels[settings.label])
+            members.setdefault((unit_name(row, patient, settings.level), patient), []).append(row)
+    columns = all_columns(settings)
+    return tuple(
+        Unit(
+            unit_id,
+            patient,
+            patient if settings.level == "patient" else rows[0].specimen_id or "",
+            tuple(row.slide_id for row in rows),
+            {name: next((row.labels[name] for row in rows if row.labels.get(name)), "") for name in columns},
+        )
         for (unit_id, patient), rows in sorted(members.items())
     )
-    counts = Counter(unit.label for unit in units)
-    classes = tuple(sorted(counts))
-    if len(classes) < 2:
-        present = ", ".join(f"{name}: {count}" for name, count in sorted(counts.items())) or "none"
-        lost = ", ".join(f"{kind}: {count}" for kind, count in flow(cohort, absent).items())
-        raise UsageError(
-            f"a classifier needs two classes, but {settings.level}s with features have {present}",
-            where="mil.label",
-            fix=f"slides by fate: {lost}",
-        )
-    if settings.positive is not None and settings.positive not in classes:
-        raise UsageError(
-            f"no {settings.level} has the label {settings.positive!r}",
-            where="mil.positive",
-            fix=f"labels: {', '.join(classes)}",
-        )
-    return Roster(units, classes, settings.positive or classes[-1])
+
+
+def unit_name(row: SlideRow, patient: str, level: str) -> str:
+    """The unit_id of a slide."""
+    if level == "patient":
+        return patient
+    return (row.specimen_id or row.slide_id) if level == "specimen" else row.slide_id
+
+
+def said_label(name: str, labels: Mapping[str, str]) -> str:
+    """What a task is to say, in words: the class, the number, or the values of all columns."""
+    if name in labels:
+        return labels[name]
+    return " ".join(f"{column}={value}" for column, value in labels.items() if value)
+
+
+def stratum_of(units: Sequence[Unit], stratum_B: Sequence[str]) -> dict[str, str]:
+    """Patient -> stratum by which folds are balanced: of a patient with several, the rarest (by patients)."""
+    found: dict[str, set[str]] = {}
+    for unit, stratum in zip(units, stratum_B, strict=True):
+        found.setdefault(unit.patient_id, set()).add(stratum)
+    patients = Counter(stratum for strata in found.values() for stratum in strata)
+    # Unknown ("") only counts for those of whom nothing is known.
+    return {
+        patient: min((strata - {""}) or strata, key=lambda name: (patients[name], name)) for patient, strata in found.items()
+    }
 
 
 def flow(cohort: Cohort, absent: Mapping[str, Absence]) -> dict[str, int]:
@@ -134,6 +156,16 @@ def flow(cohort: Cohort, absent: Mapping[str, Absence]) -> dict[str, int]:
     return {"cohort": len(cohort.rows), **{kind: lost[kind] for kind in KINDS}, "used": used}
 
 
-def _named(rows: list[SlideRow]) -> str:
+def patient_flow(cohort: Cohort, patients: Mapping[str, str], absent: Mapping[str, Absence]) -> dict[str, int]:
+    """Patients by fate: used with any slide, else lost by the first reason (in the order of ``KINDS``) of their slides."""
+    kinds: dict[str, set[str]] = {}
+    for row in cohort.rows:
+        absence = absent.get(row.slide_id)
+        kinds.setdefault(patients[row.slide_id], set()).add(absence.kind if absence else "used")
+    fate = Counter("used" if "used" in found else next(k for k in KINDS if k in found) for found in kinds.values())
+    return {"cohort": len(kinds), **{kind: fate[kind] for kind in KINDS}, "used": fate["used"]}
+
+
+def _named(rows: Sequence[SlideRow]) -> str:
     names = [f"line {row.line}" if row.line else row.slide_id for row in rows[:5]]
     return ", ".join(names) + (", ..." if len(rows) > 5 else "")

@@ -130,16 +130,16 @@ def _share(judged: Iterable[str], seen: frozenset[str]) -> float:
 
 def rule_of(study: Study) -> Rule:
     """The setting, or what it means when nothing is set."""
-    own = study.extract.encoder == "pretrained"
+    own = study.has_own_encoder
     return study.mil.seen_in_pretraining or ("mark" if own else "refuse")
 
 
 def encoder_folder(study: Study, own: Path | None) -> Path | None:
     """Folder of the encoder in use: the study's own (``teacher/``), or that of ``local-dir:PATH``; None for public ones."""
     scheme, _, place = study.extract.encoder.partition(":")
-    if scheme == "local-dir":
+    if scheme == "local-dir" and study.mil.features is None:
         return Path(place)
-    return own if study.extract.encoder == "pretrained" else None
+    return own if study.has_own_encoder else None
 
 
 def look_for_seen(study: Study, cohort: Cohort, stores_dir: Path, own: Path | None = None) -> Seen:
@@ -165,7 +165,9 @@ def look_for_seen(study: Study, cohort: Cohort, stores_dir: Path, own: Path | No
         before = manifest_of(own.parent / "untrained") if own and folder == own else None
         initial = frozenset(find_seen(before, stores, known_patients)) if before else frozenset()
         return Seen(rule, True, patients, find_seen(manifest, stores, known_patients), names, origin_known, initial)
-    if study.extract.encoder == "pretrained":
+    if study.mil.features is None and study.extract.encoder.startswith("untrained:"):
+        return Seen(rule, True, patients, names=names)  # random weights have seen nobody
+    if study.has_own_encoder:
         # Without its manifest the study's own encoder may have seen every slide.
         return Seen(
             rule, True, patients, {slide_id: (Evidence(OWN, name_key("slide", slide_id)),) for slide_id in patients}, names

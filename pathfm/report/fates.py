@@ -15,7 +15,10 @@ from pathfm.store.record import Outcome, StageReport
 STAGES = ("tile", "extract", "mil")
 """Stages that handle slides one by one, in the order a slide meets them."""
 
-Status = Literal["used", "left out", "empty", "failed"]
+UNLABELLED = ("no value for", "no label")
+"""How the reason of the mil stage begins where a slide has no label."""
+
+Status = Literal["used", "left out", "no label", "empty", "failed"]
 
 _FOLDERS = re.compile(r"(?<![\w.<])(?:[A-Za-z]:)?[\\/](?:[^\s\\/:'\"<>]+[\\/])+(?=[^\s\\/])")
 
@@ -25,7 +28,8 @@ class Fate:
     """How far one slide came.
 
     Attributes:
-        status: used (went through every stage that ran), left out (a stage did not take it), empty or failed.
+        status: used (went through every stage that ran), left out (a stage did not take it), no label (nothing to be
+            judged by), empty or failed.
         stage: where it ended.
         reason: why, without machine paths; empty for used slides.
     """
@@ -50,19 +54,25 @@ def without_folders(text: str, known: Path | None = None) -> str:
     return _FOLDERS.sub("", text)
 
 
-def slide_fates(cohort: Cohort, records: Mapping[str, StageReport], label: str) -> tuple[Fate, ...]:
+def slide_fates(cohort: Cohort, records: Mapping[str, StageReport], *labels: str) -> tuple[Fate, ...]:
     """One row per slide of the cohort, in the order of the slide ids.
 
     Args:
         cohort: all slides of the study.
         records: outcome rows by stage.
-        label: the label column that is shown.
+        labels: the label column that is shown; several (of survival, of several labels) each with its name.
     """
     tables = [(stage, {row.slide_id: row for row in records[stage].outcomes}) for stage in STAGES if stage in records]
     return tuple(
-        Fate(row.slide_id, row.patient_id or "", row.labels.get(label, ""), *_end(row, tables))
+        Fate(row.slide_id, row.patient_id or "", _label(row, labels), *_end(row, tables))
         for row in sorted(cohort.rows, key=lambda row: row.slide_id)
     )
+
+
+def _label(row: SlideRow, names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return row.labels.get(names[0], "")
+    return " ".join(f"{name}={row.labels[name]}" for name in names if row.labels.get(name))
 
 
 def _end(row: SlideRow, tables: Sequence[tuple[str, Mapping[str, Outcome]]]) -> tuple[Status, str, str]:
@@ -73,6 +83,8 @@ def _end(row: SlideRow, tables: Sequence[tuple[str, Mapping[str, Outcome]]]) -> 
             return "left out", stage, f"not part of the {stage} stage"
         if outcome.status in ("empty", "failed"):
             status: Status = "failed" if outcome.status == "failed" else "empty"
+            if stage == "mil" and outcome.reason.startswith(UNLABELLED):
+                status = "no label"
             return status, stage, without_folders(outcome.reason, row.path) or "no reason was recorded"
     return ("used", tables[-1][0], "") if tables else ("left out", "", "no stage has run")
 
@@ -82,5 +94,5 @@ def flow(fates: Sequence[Fate]) -> tuple[tuple[str, int], ...]:
     lost = Counter((fate.stage, fate.status) for fate in fates if fate.status != "used")
     order = {stage: index for index, stage in enumerate(("", *STAGES))}
     losses = sorted(lost.items(), key=lambda item: (order[item[0][0]], item[0][1]))
-    named = [(f"{status} in {stage}" if stage else status, count) for (stage, status), count in losses]
+    named = [(f"{status} in {stage}" if stage and status != "no label" else status, count) for (stage, status), count in losses]
     return ("in the cohort", len(fates)), *named, ("used", sum(fate.status == "used" for fate in fates))

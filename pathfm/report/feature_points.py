@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from pathfm.stats.projection import Components, principal_components, unit_rows
 from pathfm.stats.row_sample import RowSample, row_blocks
 from pathfm.store.cohort import Cohort
 from pathfm.store.feature_file import open_features
+from pathfm.store.interop.features import read_features
 
 SAMPLE_TILES = 10_000
 """Tiles that are drawn and that components are fitted on."""
@@ -77,12 +79,12 @@ def read_points(features_dir: Path, slide_ids: Sequence[str], limit: int = SAMPL
     tiles: dict[str, int] = {}
     for slide_id in track(sorted(slide_ids), "features", len(slide_ids)):
         try:
-            file = open_features(features_dir / f"{slide_id}.h5")
+            features_ND, valid_N = _read(features_dir / f"{slide_id}.h5")
         except StoreError as error:
             left_out[slide_id] = error.what
             continue
-        usable = np.flatnonzero(usable_rows(file.features, file.valid))
-        rows_ND = file.features[usable]
+        usable = np.flatnonzero(usable_rows(features_ND, valid_N))
+        rows_ND = features_ND[usable]
         dim = len(next(iter(means.values()))) if means else rows_ND.shape[1]
         if not len(rows_ND) or rows_ND.shape[1] != dim:
             left_out[slide_id] = f"{rows_ND.shape[1]} dimensions instead of {dim}" if len(rows_ND) else "no usable tiles"
@@ -102,6 +104,15 @@ def read_points(features_dir: Path, slide_ids: Sequence[str], limit: int = SAMPL
         row_N=rows.row_N,
         left_out=left_out,
     )
+
+
+def _read(path: Path) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """Features [N, D] and which rows could be read, of a file of pathfm or, then without the latter, of another tool."""
+    try:
+        file = open_features(path)
+    except StoreError:
+        return read_features(path).features, None
+    return file.features, file.valid
 
 
 def columns(

@@ -7,10 +7,10 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pathfm.errors import MissingExtraError
-from pathfm.report.results import MilResult, Row, to_number
+from pathfm.report.results import MilResult, ModelScore, Row, to_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,8 @@ INK, MUTED, GRID, ACCENT, SECOND = "#1b2530", "#5b6875", "#e3e8ed", "#14568c", "
 CONTROL_COLOURS = ("#c2571a", "#5f7f2e", "#7a4e9e", "#8a8f96", "#a8823a", "#3f8f8b")
 """Told apart by people with colour-blindness, and by dash pattern as well."""
 CONTROL_DASHES = ("--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":", (0, (8, 2)), (0, (1, 1)))
+BACKED: Mapping[str, Any] = {"frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 0.85}
+"""Keys that may lie on curves."""
 MAX_POINTS = 400
 """Points drawn per line: more would not be seen and would swell the page."""
 
@@ -53,15 +55,17 @@ _STYLE: Mapping[Any, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture for the page: its data address, the words for those who cannot see it, and its caption."""
+    """A picture for the page: its data address, the words for those who cannot see it, its caption, and whether it is wide."""
 
     uri: str
     alt: str
     caption: str
+    wide: bool = False
+    form: ClassVar[str] = "chart"
 
 
 @contextmanager
-def _canvas(columns: int, width: float, height: float, slots: list[str]) -> Iterator[list[Axes]]:
+def _canvas(columns: int, width: float, height: float, slots: list[str], rows: int = 1) -> Iterator[list[Axes]]:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -72,7 +76,7 @@ def _canvas(columns: int, width: float, height: float, slots: list[str]) -> Iter
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield list(figure.subplots(1, columns, squeeze=False)[0])
+        yield list(figure.subplots(rows, columns, squeeze=False).ravel())
         slots.append(_as_uri(figure))
 
 
@@ -88,7 +92,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def roc_chart(result: MilResult) -> Chart | None:
-    """ROC curves of the model and the controls on the same folds; None without ``roc.csv``."""
+    """ROC curves of the model and the controls on the same splits; None without ``roc.csv``."""
     lines = [(score, _points(result.roc, score.name, "fpr", "tpr")) for score in result.scores]
     lines = [(score, points) for score, points in lines if len(points) > 1]
     if not lines:
@@ -98,23 +102,31 @@ def roc_chart(result: MilResult) -> Chart | None:
         axes.plot([0, 1], [0, 1], color="#b6bfc8", linewidth=1, zorder=1)
         control = 0
         for score, points in lines:
-            name = f"{score.name}  {score.auroc.value:.2f}" if score.auroc else score.name
-            name += " (transductive)" * score.transductive
+            name = f"{score.name}{_key(result, score)}" + " (transductive)" * score.transductive
             style: dict[str, Any] = {"color": ACCENT, "linewidth": 2.4, "zorder": 4}
             if not score.is_primary:
                 index = control % len(CONTROL_COLOURS)
                 style = {"color": CONTROL_COLOURS[index], "linewidth": 1.3, "linestyle": CONTROL_DASHES[index], "zorder": 3}
                 control += 1
-            # Names come from files: a pair of dollar signs would be read as a formula.
-            axes.plot(*zip(*_thin(points), strict=True), label=name.replace("$", r"\$"), **style)
+            axes.plot(*zip(*_thin(points), strict=True), label=plain(name), **style)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
         axes.set(xlabel="false positive rate (1 - specificity)", ylabel="true positive rate (sensitivity)")
-        axes.legend(loc="lower right", fontsize=8)
-    named = ", ".join(f"{score.name} {score.auroc.value:.2f}" for score, _ in lines if score.auroc)
-    alt = f"ROC curves; area under the curve: {named}"
+        axes.legend(loc="lower right", fontsize=8, **BACKED)
+    named = ", ".join(f"{score.name}{_key(result, score)}" for score, _ in lines)
     rest = " against all other labels" if len(result.classes) > 2 else ""
-    caption = f"ROC curves of “{result.positive}”{rest}, pooled over the test folds. The key gives the AUROC of the table."
-    return Chart(slots[0], alt, caption + _transductive(result))
+    caption = f"ROC curves of “{result.positive}”{rest}, pooled over the test parts."
+    caption += " The key gives the AUROC of the table." if len(result.classes) == 2 else ""
+    return Chart(slots[0], f"ROC curves: {named}", caption + _transductive(result))
+
+
+def _key(result: MilResult, score: ModelScore) -> str:
+    """The AUROC of a curve; of several classes the table has another one, the mean over them."""
+    return f"  {score.auroc.value:.2f}" if score.auroc and len(result.classes) == 2 else ""
+
+
+def plain(text: str) -> str:
+    """A text for a picture: names come from files, and a pair of dollar signs would be read as a formula."""
+    return text.replace("$", r"\$")
 
 
 def training_chart(result: MilResult) -> Chart | None:
@@ -133,12 +145,12 @@ def training_chart(result: MilResult) -> Chart | None:
             for rows in runs.values():
                 points = _pairs(rows, "epoch", column)
                 axes.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.45, linewidth=1)
-            axes.set(title=title + " (transductive)" * result.main.transductive, xlabel="epoch")
+            axes.set(title=title + " (transductive)" * result.main.transductive, xlabel="epoch", ylabel="loss")
         panels[1].sharey(panels[0])
         panels[1].autoscale()
     what = f"{len(runs)} networks ({len({fold for fold, _ in runs})} folds)"
     caption = f"Slide classifier: loss of {what}. The test fold plays no part in either curve.{_transductive(result)}"
-    return Chart(slots[0], f"Training curves of {what}", caption)
+    return Chart(slots[0], f"Training curves of {what}", caption, wide=True)
 
 
 def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
@@ -155,7 +167,7 @@ def pretraining_chart(rows: Sequence[Row]) -> Chart | None:
             axes.locator_params(axis="x", nbins=4)
     first, last = columns[0][1][0], columns[0][1][-1]
     alt = f"Pretraining: {columns[0][0]} goes from {first[1]:.3g} at step {first[0]:g} to {last[1]:.3g} at step {last[0]:g}"
-    return Chart(slots[0], alt, f"Pretraining of the encoder, up to step {last[0]:g}.")
+    return Chart(slots[0], alt, f"Pretraining of the encoder, up to step {last[0]:g}.", wide=True)
 
 
 def _transductive(result: MilResult) -> str:

@@ -1,11 +1,13 @@
-"""Slides shown on the page: thumbnail, heatmap and the tiles of highest attention, small enough to travel in one file."""
+"""Slides shown on the page: thumbnail, heatmaps and the highest and lowest tiles, small enough to travel in one file."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,13 +18,18 @@ from pathfm.errors import StoreError
 from pathfm.geometry import Size, fit_within
 from pathfm.report.fates import Fate
 from pathfm.report.figures import data_uri
-from pathfm.store.tile_store import open_tiles
+from pathfm.store.commit import read_json
+from pathfm.store.tile_store import TileStore, open_tiles
 
 Pixels = npt.NDArray[np.uint8]
 
 BUDGET_BYTES = 6_000_000
 """Pictures of the gallery together, as text of the page: it stays quick to open and small enough to send by mail."""
 JPEG_QUALITY = 82
+STRIP_PX = 66
+"""Height of the strip with colour bar and scale bar that mil draws under its pictures [px]."""
+CLASSES = 2
+"""Maps side by side are so many times as long as one."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,22 @@ SIDES = (Sides(800, 144), Sides(640, 128), Sides(520, 112), Sides(400, 88), Side
 
 
 @dataclass(frozen=True)
+class Listed:
+    """Tiles of one slide to be shown: a title, and their numbers in order."""
+
+    title: str
+    tiles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The same as pictures: (tile number, data address)."""
+
+    title: str
+    tiles: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
 class ShownSlide:
     """One slide of the gallery; pictures are data addresses.
 
@@ -46,7 +69,10 @@ class ShownSlide:
         n_tiles: tiles in its store.
         synthetic: its coordinates are those of a mosaic, not of tissue.
         aspect: width of the overview by its height; the heatmap is drawn just as wide.
-        tiles: tiles of highest attention, highest first, as (tile number, picture).
+        classes: maps of all classes side by side; empty where there is one map.
+        scale: length of the scale bar as a share of the overview's width, and in words; None where it is not known.
+        strips: highest and lowest tiles.
+        has_pixels: false where the tiles' pixels stayed in the slide.
     """
 
     fate: Fate
@@ -55,12 +81,16 @@ class ShownSlide:
     aspect: float
     thumbnail: str
     heatmap: str
-    tiles: tuple[tuple[int, str], ...]
+    classes: str
+    scale: tuple[float, str] | None
+    strips: tuple[Strip, ...]
+    has_pixels: bool
 
     @property
     def size(self) -> int:
         """Characters the pictures take on the page."""
-        return len(self.thumbnail) + len(self.heatmap) + sum(len(uri) for _, uri in self.tiles)
+        tiles = sum(len(uri) for strip in self.strips for _, uri in strip.tiles)
+        return len(self.thumbnail) + len(self.heatmap) + len(self.classes) + tiles
 
 
 @dataclass(frozen=True)
@@ -80,19 +110,41 @@ def choose(fates: Sequence[Fate], positive: str, count: int) -> tuple[Fate, ...]
     return tuple(turns[:count])
 
 
-def build_gallery(chosen: Sequence[Fate], folders: tuple[Path, Path], top: Mapping[str, Sequence[int]]) -> Gallery:
+def listed_tiles(mil_dir: Path, count: int, looks: str) -> dict[str, tuple[Listed, ...]]:
+    """The highest and lowest tiles of every shown slide, by its id: of all maps together, then the highest of each class.
+
+    Args:
+        mil_dir: where mil wrote ``top_tiles.json``, ``bottom_tiles.json`` and ``class_tiles.json``.
+        count: tiles of each kind.
+        looks: what the maps show, as ``attention``.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        return read_json(mil_dir / name) if (mil_dir / name).is_file() else {}
+
+    top, bottom, by_class = read("top_tiles.json"), read("bottom_tiles.json"), read("class_tiles.json")
+    found: dict[str, tuple[Listed, ...]] = {}
+    for slide_id in top:
+        parts = [(f"Tiles of highest {looks}", top[slide_id]), (f"Tiles of lowest {looks}", bottom.get(slide_id, ()))]
+        parts += [(f"Highest for {name}", each["top"]) for name, each in by_class.get(slide_id, {}).items()]
+        listed = (Listed(title, tuple(int(tile) for tile in tiles)[:count]) for title, tiles in parts)
+        found[slide_id] = tuple(each for each in listed if each.tiles)
+    return found
+
+
+def build_gallery(chosen: Sequence[Fate], folders: tuple[Path, Path], listed: Mapping[str, Sequence[Listed]]) -> Gallery:
     """Reads and shrinks the pictures of the chosen slides.
 
     Args:
         chosen: slides to show, in order.
         folders: folder of the tile stores, folder of the heatmaps.
-        top: tile numbers of highest attention by slide id, highest first.
+        listed: tiles to show by slide id.
     """
     broken: dict[str, str] = {}
     sources: list[_Source] = []
     for fate in chosen:
         try:
-            sources.append(_read(fate, folders, top.get(fate.slide_id, ())))
+            sources.append(_read(fate, folders, listed.get(fate.slide_id, ())))
         except StoreError as error:
             broken[fate.slide_id] = error.what
     slides: list[ShownSlide] = []
@@ -113,7 +165,10 @@ class _Source:
     synthetic: bool
     thumbnail: Pixels
     heatmap: Pixels
-    tiles: tuple[tuple[int, Pixels], ...]
+    classes: Pixels | None
+    scale: tuple[float, str] | None
+    strips: tuple[tuple[str, tuple[tuple[int, Pixels], ...]], ...]
+    has_pixels: bool
 
     def shown(self, sides: Sides) -> ShownSlide:
         """The slide with its pictures at the given sizes."""
@@ -124,24 +179,62 @@ class _Source:
             aspect=self.thumbnail.shape[1] / self.thumbnail.shape[0],
             thumbnail=picture_uri(self.thumbnail, sides.overview_px),
             heatmap=picture_uri(self.heatmap, sides.overview_px),
-            tiles=tuple((index, picture_uri(tile, sides.tile_px)) for index, tile in self.tiles),
+            classes="" if self.classes is None else picture_uri(self.classes, CLASSES * sides.overview_px),
+            scale=self.scale,
+            strips=tuple(
+                Strip(title, tuple((index, picture_uri(tile, sides.tile_px)) for index, tile in tiles))
+                for title, tiles in self.strips
+            ),
+            has_pixels=self.has_pixels,
         )
 
 
-def _read(fate: Fate, folders: tuple[Path, Path], top: Sequence[int]) -> _Source:
+def _read(fate: Fate, folders: tuple[Path, Path], listed: Sequence[Listed]) -> _Source:
     store = open_tiles(folders[0] / f"{fate.slide_id}.zarr")
     heatmap = _read_picture(folders[1] / f"{fate.slide_id}.png")
-    # Tiles whose pixels stayed in the slide cannot be shown here.
-    indices = [index for index in top if 0 <= index < len(store) and store.has_pixels]
+    heatmap = without_strip(heatmap, store.thumbnail.shape[1] / store.thumbnail.shape[0])
+    by_class = folders[1] / f"{fate.slide_id}.classes.png"
     largest = SIDES[0]
+
+    def tiles(numbers: Sequence[int]) -> tuple[tuple[int, Pixels], ...]:
+        # Tiles whose pixels stayed in the slide cannot be shown here.
+        known = [number for number in numbers if 0 <= number < len(store) and store.has_pixels]
+        return tuple((number, _shrunk(store[number], largest.tile_px)) for number in known)
+
+    strips = tuple((each.title, tiles(each.tiles)) for each in listed)
     return _Source(
         fate=fate,
         n_tiles=len(store),
         synthetic=store.coords_synthetic,
         thumbnail=_shrunk(store.thumbnail, largest.overview_px),
         heatmap=_shrunk(heatmap, largest.overview_px),
-        tiles=tuple((index, _shrunk(store[index], largest.tile_px)) for index in indices),
+        classes=_shrunk(_read_picture(by_class), CLASSES * largest.overview_px) if by_class.is_file() else None,
+        scale=None if store.coords_synthetic else scale_bar(store),
+        strips=tuple(strip for strip in strips if strip[1]),
+        has_pixels=store.has_pixels,
     )
+
+
+def without_strip(heatmap: Pixels, aspect: float) -> Pixels:
+    """The heatmap without the strip below it, whose words would be too small once it is shrunk; the page has them as text.
+
+    Args:
+        heatmap: as mil drew it.
+        aspect: width of the slide by its height.
+    """
+    rows = round(heatmap.shape[1] / aspect)
+    # A narrow picture has a margin instead of being as wide as its slide: it keeps its strip.
+    return heatmap[:rows] if abs(heatmap.shape[0] - rows - STRIP_PX) <= 1 else heatmap
+
+
+def scale_bar(store: TileStore) -> tuple[float, str] | None:
+    """A round length of at most a quarter of the slide's width, as a share of it, and in words; None without mpp."""
+    if not store.mpp or not store.tile_side_level0:
+        return None
+    width_um = store.thumbnail.shape[1] * store.thumbnail_downsample * store.mpp * store.tile_px / store.tile_side_level0
+    power = 10.0 ** math.floor(math.log10(width_um / 4))
+    length_um = max(step * power for step in (1, 2, 5) if step * power <= width_um / 4 * (1 + 1e-9))
+    return length_um / width_um, f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
 
 
 def _within_budget(slides: Sequence[ShownSlide]) -> Iterator[ShownSlide]:

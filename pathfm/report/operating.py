@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pathfm.report.results import MilResult, Row, to_number
+from pathfm.report.results import MilResult
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,3 @@ def operating(result: MilResult) -> Operating | None:
         if row.get("label") in result.classes and row.get("predicted") in result.classes
     )
     return Operating(result.classes, pairs) if pairs else None
-
-
-def probability(row: Row, positive: str) -> float | None:
-    """The predicted probability of the positive label in a row of ``predictions.csv``."""
-    for name in (f"probability_{positive}", "probability"):
-        if (value := to_number(row.get(name))) is not None:
-            return value
-    return None
-
-
-def probabilities(result: MilResult) -> Mapping[str, float]:
-    """Predicted probability of the positive label by patient id (or slide id, whichever was classified)."""
-    column = "patient_id" if result.level == "patient" else "slide_id"
-    found = {row.get(column, ""): probability(row, result.positive) for row in result.predictions}
-    return {name: value for name, value in found.items() if name and value is not None}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pathfm import __version__
 from pathfm.errors import MissingExtraError
+from pathfm.mil_settings import MilSettings
 from pathfm.report.fates import Fate, flow, without_folders
 from pathfm.report.figures import Chart
 from pathfm.report.gallery import Gallery
-from pathfm.report.operating import Operating
+from pathfm.report.mil_blocks import limits, numeral, scale_of
+from pathfm.report.mil_predictions import said_by_slide
+from pathfm.report.mil_sections import bundle_section, cards, described, design_items, methods, result_sections
 from pathfm.report.results import Estimate, MilResult
 from pathfm.report.summary import warnings
 from pathfm.settings import Settings
@@ -27,36 +30,6 @@ UNHASHED = ("out", "compute")
 
 
 @dataclass(frozen=True)
-class Scale:
-    """The axis that all interval bars of the page share, from ``low`` to ``high``."""
-
-    low: float
-    high: float = 1.0
-
-    def percent(self, value: float | None) -> str:
-        """Where a value lies along the axis; empty when there is none."""
-        if value is None:
-            return ""
-        return f"{100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))):.2f}%"
-
-    @property
-    def ticks(self) -> tuple[float, ...]:
-        """Round numbers along the axis."""
-        first, last = math.ceil(self.low * 10 - 1e-9), math.floor(self.high * 10 + 1e-9)
-        every = 1 if last - first <= 6 else 2
-        return tuple(tick / 10 for tick in range(last, first - 1, -every))[::-1]
-
-
-def common_scale(result: MilResult) -> Scale:
-    """An axis on which chance, every estimate and every interval can be seen."""
-    lowest = [0.5, 1 / len(result.classes)]
-    for score in result.scores:
-        for estimate in (score.auroc, score.balanced_accuracy, score.localisation):
-            lowest += [] if estimate is None else [estimate.value if estimate.low is None else estimate.low]
-    return Scale(max(0.0, math.floor(min(lowest) * 10 - 0.5) / 10))
-
-
-@dataclass(frozen=True)
 class SettingRow:
     """One setting of the study: its dotted name, value, whether it differs from the default, and what it does."""
 
@@ -64,6 +37,12 @@ class SettingRow:
     value: str
     changed: bool
     meaning: str
+
+
+def title_of(study: Study) -> str:
+    """The study's name, or that of its output folder where nobody gave it one."""
+    unnamed = study.name == Study.model_fields["name"].default
+    return (unnamed and study.out.name) or study.name
 
 
 def setting_rows(study: Study) -> tuple[tuple[str, tuple[SettingRow, ...]], ...]:
@@ -96,25 +75,18 @@ class Page:
         fingerprint: what the result depends on.
         fates: one row per slide of the cohort.
         result: what mil found, None when it has not run.
-        operating: the decisions at the usual threshold, None when they cannot be counted.
-        charts: by section: roc, features, training, pretraining.
+        charts: by section: features, training, pretraining, looks.
         gallery: slides with pictures.
-        probabilities: predicted probability of the positive label by patient id or slide id.
+        without_features: why there is no map of the features though there are features; else empty.
     """
 
     study: Study
     fingerprint: str
     fates: tuple[Fate, ...]
     result: MilResult | None
-    operating: Operating | None
     charts: Mapping[str, Chart | None]
     gallery: Gallery
-    probabilities: Mapping[str, float]
-
-    def probability(self, fate: Fate) -> float | None:
-        """Predicted probability of the positive label of a slide's patient, or of the slide, whichever was classified."""
-        by_patient = self.result is not None and self.result.level == "patient"
-        return self.probabilities.get(fate.patient_id or fate.slide_id if by_patient else fate.slide_id)
+    without_features: str = ""
 
     def of_status(self, *statuses: str) -> tuple[Fate, ...]:
         """Slides that ended in one of these ways."""
@@ -122,40 +94,44 @@ class Page:
 
     def context(self) -> dict[str, Any]:
         """Names of the template."""
-        result, mil = self.result, self.study.mil
+        result = self.result
         return {
             "page": self,
             "study": self.study,
-            "result": result,
-            "operating": self.operating,
-            "scale": common_scale(result) if result else Scale(0.0),
-            "warnings": warnings(result) if result else (),
-            "methods": _methods(result) if result else "",
-            "level": result.level if result else mil.level,
+            "title": title_of(self.study),
+            "level": result.level if result else self.study.mil.level,
+            "said": said_by_slide(result) if result else {},
             "flow": flow(self.fates),
             "failures": self.of_status("failed", "empty"),
+            "unlabelled": self.of_status("no label"),
             "settings": setting_rows(self.study),
             "long_table": LONG_TABLE,
-            "version": __version__,
+            "design": design_items(result) if result else (),
+            "looks": str((result.content.get("looks") or {}).get("kind", "attention")) if result else "attention",
+            "bundle": bundle_section(result) if result else None,
+            **result_context(result, self.study.mil),
         }
 
 
-def _methods(result: MilResult) -> str:
-    main = result.main
-    named = [("AUROC", main.auroc), ("balanced accuracy", main.balanced_accuracy), ("localisation AUROC", main.localisation)]
-    return "; ".join(f"{name}: {estimate.method}" for name, estimate in named if estimate and estimate.method)
+def result_context(result: MilResult | None, settings: MilSettings | None) -> dict[str, Any]:
+    """Names of the template's parts about a slide classifier."""
+    shown = cards(result) if result else []
+    scale = scale_of((card.estimate for card in shown), [card.chance for card in shown if card.chance is not None])
+    return {
+        "result": result,
+        "sections": result_sections(result, settings) if result else (),
+        "described": described(result) if result else "",
+        "cards": shown,
+        "scale": scale,
+        "warnings": warnings(result) if result else (),
+        "methods": methods(result) if result else "",
+        "version": __version__,
+    }
 
 
 def number(estimate: Estimate | None, digits: int = 2) -> str:
     """An estimate as text, a dash when there is none."""
-    return "–" if estimate is None else f"{estimate.value:.{digits}f}"
-
-
-def interval(estimate: Estimate | None, digits: int = 2) -> str:
-    """Its interval as text, empty when unknown."""
-    if estimate is None or estimate.low is None or estimate.high is None:
-        return ""
-    return f"{estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
+    return numeral(estimate.value if estimate else None, digits)
 
 
 def plural(count: int, noun: str, many: str = "") -> str:
@@ -169,12 +145,37 @@ def render(page: Page) -> str:
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
+    return render_template("template.html.j2", page.context())
+
+
+def render_template(name: str, context: Mapping[str, Any]) -> str:
+    """One of this package's templates as HTML. Everything that came from a file is escaped.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
     try:
         import jinja2
+        from markupsafe import Markup, escape
     except ImportError as error:
         raise MissingExtraError("the report needs jinja2", extra="report") from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    filters: Sequence[Any] = (number, interval, plural, without_folders)
+
+    def breakable(text: str) -> Markup:
+        """A name that may be broken, but only behind its separators."""
+        # Escaped before: nothing of the text is read as HTML.
+        return Markup(re.sub(r"([:/])(?=\w)", r"\1<wbr>", str(escape(text))))
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_template),
+    )
+    filters: Sequence[Any] = (number, limits, plural, without_folders, breakable)
     environment.filters.update({function.__name__: function for function in filters})
-    text = importlib.resources.files("pathfm.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text).render(page.context()) + "\n"
+    return environment.get_template(name).render(context) + "\n"
+
+
+def _template(name: str) -> str:
+    return importlib.resources.files("pathfm.report").joinpath(name).read_text(encoding="utf-8")

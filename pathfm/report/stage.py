@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pathfm.config import fingerprint
+from pathfm.errors import StoreError
 from pathfm.report.fates import Fate, slide_fates
 from pathfm.report.feature_map import feature_map_chart
-from pathfm.report.figures import pretraining_chart, roc_chart, training_chart
-from pathfm.report.gallery import Gallery, build_gallery, choose
-from pathfm.report.operating import operating, probabilities
-from pathfm.report.page import Page, render, setting_rows
+from pathfm.report.figures import Chart, pretraining_chart, training_chart
+from pathfm.report.gallery import Gallery, build_gallery, choose, listed_tiles
+from pathfm.report.mil_figures import looks_chart
+from pathfm.report.page import Page, render, setting_rows, title_of
 from pathfm.report.results import MilResult, read_mil, read_rows
 from pathfm.report.summary import summarise
 from pathfm.store.cohort import Cohort
@@ -21,7 +22,7 @@ from pathfm.store.commit import commit_file, read_json, write_json
 from pathfm.store.record import Outcome, StageReport, read_record, write_record
 from pathfm.study import Study
 
-VERSION = 3
+VERSION = 5
 """Goes up when the same inputs give another page."""
 
 
@@ -63,7 +64,7 @@ def run_report(study: Study, inputs: ReportInputs) -> StageReport:
         StoreError: a table of the mil or encoder folder is damaged.
     """
     result = read_mil(inputs.mil_dir)
-    fates = slide_fates(inputs.cohort, inputs.records, result.label if result else study.mil.label)
+    fates = slide_fates(inputs.cohort, inputs.records, *_label_columns(study))
     digest = _digest(study, inputs, fates)
     kept = _kept(inputs.report_dir, digest)
     if kept:
@@ -73,20 +74,28 @@ def run_report(study: Study, inputs: ReportInputs) -> StageReport:
     html = render(_page(study, inputs, fates, result, gallery))
     with commit_file(inputs.report_dir / "index.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
-    summary = summarise(study.name, inputs.fingerprint, fates, result)
+    summary = summarise(title_of(study), inputs.fingerprint, fates, result)
     shown = [Outcome(slide.fate.slide_id, "done") for slide in gallery.slides]
     failed = [Outcome(slide_id, "failed", reason) for slide_id, reason in gallery.broken.items()]
-    report = StageReport("report", tuple(sorted(shown + failed, key=lambda outcome: outcome.slide_id)))
-    write_record(inputs.report_dir, report, study.report, started)
+    outcomes = sorted(shown + failed, key=lambda outcome: outcome.slide_id)
+    report = StageReport("report", tuple(outcomes), _where(inputs.report_dir), worked=1)
+    # The record lies beside the page, and travels with it.
+    write_record(inputs.report_dir, replace(report, note=""), study.report, started)
     # Last: with it the page counts as made.
     write_json(inputs.report_dir / "summary.json", {**summary, "page_fingerprint": digest})
     return report
 
 
+def _label_columns(study: Study) -> tuple[str, ...]:
+    """The label columns of the main task."""
+    mil = study.mil
+    return (mil.time, mil.event) if mil.time and mil.event else mil.columns or (mil.label,)
+
+
 def _digest(study: Study, inputs: ReportInputs, fates: tuple[Fate, ...]) -> str:
     """Everything the page depends on."""
     settings = [[row.name, row.value] for _, rows in setting_rows(study) for row in rows]
-    return fingerprint({"version": VERSION}, inputs.fingerprint, study.name, settings, [asdict(fate) for fate in fates])
+    return fingerprint({"version": VERSION}, inputs.fingerprint, title_of(study), settings, [asdict(fate) for fate in fates])
 
 
 def _kept(report_dir: Path, digest: str) -> StageReport | None:
@@ -96,26 +105,38 @@ def _kept(report_dir: Path, digest: str) -> StageReport | None:
     record = read_record(report_dir)
     if record is None or record.statuses["failed"] or read_json(report_dir / "summary.json").get("page_fingerprint") != digest:
         return None
-    return StageReport("report", tuple(replace(outcome, status="kept") for outcome in record.outcomes))
+    return StageReport("report", tuple(replace(outcome, status="kept") for outcome in record.outcomes), _where(report_dir))
+
+
+def _where(report_dir: Path) -> str:
+    return f"page: {report_dir / 'index.html'}"
 
 
 def _page(study: Study, inputs: ReportInputs, fates: tuple[Fate, ...], result: MilResult | None, gallery: Gallery) -> Page:
-    own = study.extract.encoder == "pretrained"  # else a log that lies there belongs to another encoder
+    own = study.has_own_encoder  # else a log that lies there belongs to another encoder
+    features, without = _feature_map(inputs, study.mil.label)
     return Page(
         study=study,
         fingerprint=inputs.fingerprint,
         fates=fates,
         result=result,
-        operating=operating(result) if result else None,
         charts={
-            "roc": roc_chart(result) if result else None,
+            "looks": looks_chart(result) if result else None,
             "training": training_chart(result) if result else None,
-            "features": feature_map_chart(inputs.features_dir, inputs.cohort, study.mil.label),
+            "features": features,
             "pretraining": pretraining_chart(read_rows(inputs.encoder_dir / "metrics.csv")) if own else None,
         },
         gallery=gallery,
-        probabilities=probabilities(result) if result else {},
+        without_features=without,
     )
+
+
+def _feature_map(inputs: ReportInputs, label: str) -> tuple[Chart | None, str]:
+    """The map of the features, or why there is none: a picture on the side must never cost the page."""
+    try:
+        return feature_map_chart(inputs.features_dir, inputs.cohort, label), ""
+    except StoreError as error:
+        return None, error.what
 
 
 def _gallery(study: Study, inputs: ReportInputs, fates: tuple[Fate, ...], result: MilResult | None) -> Gallery:
@@ -123,8 +144,8 @@ def _gallery(study: Study, inputs: ReportInputs, fates: tuple[Fate, ...], result
     if result is None or not heatmaps.is_dir():
         return Gallery()
     drawn = [fate for fate in fates if (heatmaps / f"{fate.slide_id}.png").is_file()]
-    chosen = choose(drawn, result.positive, study.report.heatmaps)
-    top_file = inputs.mil_dir / "top_tiles.json"
-    listed = read_json(top_file) if top_file.is_file() else {}
-    top = {slide_id: [int(index) for index in indices][: study.report.top_tiles] for slide_id, indices in listed.items()}
-    return build_gallery(chosen, (inputs.stores_dir, heatmaps), top)
+    # Without classes there are no labels to be taken in turn.
+    chosen = choose(drawn, result.positive, study.report.heatmaps) if result.task.one_of else drawn[: study.report.heatmaps]
+    looks = str((result.content.get("looks") or {}).get("kind", "attention"))
+    listed = listed_tiles(inputs.mil_dir, study.report.top_tiles, looks)
+    return build_gallery(chosen, (inputs.stores_dir, heatmaps), listed)

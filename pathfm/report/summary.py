@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pathfm.report import mil_words
 from pathfm.report.fates import Fate, flow
-from pathfm.report.results import Estimate, MilResult, ModelScore, seen_words
+from pathfm.report.results import SHUFFLED, Estimate, MilResult, ModelScore, seen_words
 
 FORMAT = "pathfm-summary"
 VERSION = 1
+CHANCE_PLACE = 0.5
+"""Localisation AUROC of tiles at random."""
+SIGNIFICANT = 0.05
+"""A p value from here on is not told apart from chance."""
 
 
 def summarise(name: str, fingerprint: str, fates: Sequence[Fate], result: MilResult | None) -> dict[str, Any]:
@@ -30,12 +35,14 @@ def summarise(name: str, fingerprint: str, fates: Sequence[Fate], result: MilRes
         "fingerprint": fingerprint,
         "primary": result.primary if result else None,
         "label": result.label if result else None,
-        "positive": result.positive if result else None,
+        "kind": result.task.kind if result else None,
+        "positive": (result.positive or None) if result else None,
         "level": result.level if result else None,
         "n_slides": result.n_slides if result else len(used),
         "n_patients": result.n_patients if result else len({fate.patient_id or fate.slide_id for fate in used}),
         "failed": sum(fate.status == "failed" for fate in fates),
         "empty": sum(fate.status == "empty" for fate in fates),
+        "no_label": sum(fate.status == "no label" for fate in fates),
         "left_out": sum(fate.status == "left out" for fate in fates),
         "failures": [
             {"slide_id": fate.slide_id, "status": fate.status, "stage": fate.stage, "reason": fate.reason}
@@ -43,12 +50,15 @@ def summarise(name: str, fingerprint: str, fates: Sequence[Fate], result: MilRes
             if fate.status != "used"
         ],
         "flow": dict(flow(fates)),
+        "primary_metric": result.task.metric if result else None,
+        **_numbers("primary_value", result.task.headline if result else None, "primary"),
         **_numbers("auroc", main.auroc if main else None),
         **_numbers("balanced_accuracy", main.balanced_accuracy if main else None),
         **_numbers("localisation_auroc", main.localisation if main else None),
         "localisation_slides": main.localisation_slides if main else None,
         **_seen(result),
-        "controls": {score.name: _control(score) for score in (result.controls if result else ())},
+        "controls": {score.name: _control(score, result.task.metric) for score in result.controls} if result else {},
+        "bundle": (result.bundle or None) if result else None,
         "warnings": list(warnings(result)) if result else [],
         "notes": list(result.notes) if result else [],
     }
@@ -66,66 +76,148 @@ def _seen(result: MilResult | None) -> dict[str, Any]:
     }
 
 
-def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+def _numbers(name: str, estimate: Estimate | None, limits: str = "") -> dict[str, float | None]:
+    low, high = f"{limits or name}_low", f"{limits or name}_high"
     if estimate is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        return {name: None, low: None, high: None}
+    return {name: estimate.value, low: estimate.low, high: estimate.high}
 
 
-def _control(score: ModelScore) -> dict[str, float | None]:
+def _control(score: ModelScore, metric: str) -> dict[str, float | None]:
     return {
         "transductive": score.transductive,
         "patients_seen_share": score.seen_share,
+        **_numbers("primary_value", score.numbers.get(metric), "primary"),
         **_numbers("auroc", score.auroc),
         **_numbers("balanced_accuracy", score.balanced_accuracy),
         "localisation_auroc": score.localisation.value if score.localisation else None,
     }
 
 
-def best_control(result: MilResult) -> ModelScore | None:
-    """The real control (not the shuffled labels) with the highest AUROC."""
-    rivals = [(score.auroc.value, score) for score in result.controls if score.auroc and score.name != "shuffled labels"]
-    return max(rivals, key=lambda rival: rival[0])[1] if rivals else None
-
-
 def warnings(result: MilResult) -> tuple[str, ...]:
     """What a careful reader has to know before trusting the numbers."""
-    found: list[str] = []
-    main, rival = result.main.auroc, best_control(result)
-    if main and rival and rival.auroc and rival.auroc.value >= main.value:
-        found.append(f"The control “{rival.name}” is at least as good as the model: the model adds nothing to it here.")
-    elif main and rival and rival.auroc and main.overlaps(rival.auroc):
-        found.append(f"The intervals of the model and of the control “{rival.name}” overlap: the gain may be chance.")
+    found = [*_above_chance(result), *_shuffled(result), *_against_controls(result), *_localised(result)]
     if result.seen and result.seen.transductive:
         found.append(
             f"Numbers marked transductive rest on an encoder that was pretrained, without labels, on slides of "
             f"{result.seen.share or 0:.0%} of these patients: for new patients expect less."
         )
-    shuffled = next((score.auroc for score in result.controls if score.name == "shuffled labels"), None)
-    if shuffled and not shuffled.covers(0.5):
-        found.append(
-            "With shuffled labels the interval does not hold 0.5. "
-            "By chance that happens in one study of twenty; otherwise information leaks."
-        )
+    if (trained := (result.content.get("trained_on") or {}).get("patients")) and result.content["trained_on"]["rule"] == "mark":
+        found.append(f"The networks learned from {trained} of these patients, who are in the numbers: expect less of new ones.")
+    coverage = ((result.task.content.get("trust") or {}).get("conformal") or {}).get("coverage") or {}
+    if coverage.get("inside") is False:
+        found.append("Conformal sets do not hold what they promise here: see the section about trust.")
+    if any(leak["crosses"] for leak in result.content.get("leaks") or []):
+        found.append("Slides of different patients share data: see the section about the cohort.")
     return tuple(found)
+
+
+def _above_chance(result: MilResult) -> Iterator[str]:
+    """Whether the model is better than chance, and shuffled labels are not."""
+    metric, title = result.task.metric, mil_words.title(result.task.metric)
+    chance, main = mil_words.chance_of(metric, len(result.classes)), result.task.headline
+    if chance is None:
+        return
+    if main and main.covers(chance):
+        yield f"The interval of the {title} holds {chance:g}, which is chance: no effect is shown."
+    elif main and main.value < chance:
+        yield f"The {title} is below {chance:g}, which is chance: the model is worse than guessing here."
+    permutations = result.content.get("permutations") or {}
+    if permutations and permutations["p"] > SIGNIFICANT:
+        yield f"Trainings on shuffled labels reach as much by chance (p {permutations['p']:.2f})."
+
+
+def _shuffled(result: MilResult) -> Iterator[str]:
+    """Whether shuffled labels score off chance: by all trainings on them where there were many, else by the only one."""
+    metric, title = result.task.metric, mil_words.title(result.task.metric)
+    chance = mil_words.chance_of(metric, len(result.classes))
+    if chance is None:
+        return
+    many = result.content.get("permutations") or {}
+    one = next((score.numbers.get(metric) for score in result.controls if score.name == SHUFFLED), None)
+    found = Estimate((many["low"] + many["high"]) / 2, many["low"], many["high"]) if many else one
+    # The mean of the others predicts better than nothing learned: R² of shuffled labels is below 0 as a rule.
+    if found is None or found.covers(chance) or (metric == "r2" and found.value < chance):
+        return
+    if many:
+        yield (
+            f"Of {len(many['values'])} trainings on shuffled labels the middle 95 % reach {title} {found.low:.2f} to "
+            f"{found.high:.2f}, which does not hold {chance:g}: information leaks."
+        )
+    else:
+        yield (
+            f"With shuffled labels the interval does not hold {chance:g}. That was one shuffle; by chance its interval misses "
+            f"{chance:g} more often than one in twenty. Whether information leaks, the permutation control "
+            "(mil.numbers.permutations=20) tells."
+        )
+
+
+def _localised(result: MilResult) -> Iterator[str]:
+    """Whether the model looks away from what is marked."""
+    found = result.main.localisation
+    if found and found.high is not None and found.high < CHANCE_PLACE:
+        yield (
+            f"The interval of the localisation AUROC lies below {CHANCE_PLACE:g}: the tiles that the model looks at are marked "
+            "less often than by chance."
+        )
+
+
+def _against_controls(result: MilResult) -> Iterator[str]:
+    """Which of the simple controls the model does not beat: all of them are named."""
+    main, metric = result.task.headline, result.task.metric
+    if main is None:
+        return
+    compared = {each["other"]: each for each in result.task.content.get("comparisons") or []}
+    as_good, alike, near = list[str](), list[str](), list[str]()
+    for score in result.controls:
+        other, difference = score.numbers.get(metric), compared.get(score.name)
+        if other is None or score.name == SHUFFLED:
+            continue
+        if other.value >= main.value:
+            as_good.append(f"“{score.name}”")
+        elif difference and not _is_significant(difference):
+            p = "" if difference["p"] is None else f" (p {difference['p']:.2g})"
+            alike.append(f"“{score.name}”{p}")
+        elif difference is None and main.overlaps(other):
+            near.append(f"“{score.name}”")
+    if as_good:
+        verb = "is" if len(as_good) == 1 else "are"
+        yield f"T{_controls(as_good)[1:]} {verb} at least as good as the model, which adds nothing to that here."
+    if alike:
+        yield f"The model and {_controls(alike)} are not significantly different."
+    if near:
+        yield f"The intervals of the model and of {_controls(near)} overlap: the gain may be chance."
+
+
+def _is_significant(difference: Mapping[str, Any]) -> bool:
+    """As the verdict has it: by p, or by the limits where there is no p."""
+    if difference["p"] is not None:
+        return bool(difference["p"] < SIGNIFICANT)
+    return difference["low"] is not None and not difference["low"] <= 0 <= difference["high"]
+
+
+def _controls(names: Sequence[str]) -> str:
+    return f"the control{'s' * (len(names) > 1)} {' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))}"
 
 
 def key_numbers(summary: Mapping[str, Any]) -> list[str]:
     """Lines to print at the end of a run, from the content of ``summary.json``."""
     lines = [f"{counted(summary['n_slides'], 'slide')} of {counted(summary['n_patients'], 'patient')} used"]
-    lines[0] += "".join(f", {summary[key]} {key.replace('_', ' ')}" for key in ("failed", "empty", "left_out") if summary[key])
-    if summary["auroc"] is None:
+    lines[0] += "".join(
+        f", {summary[key]} {key.replace('_', ' ')}" for key in ("failed", "empty", "no_label", "left_out") if summary[key]
+    )
+    if summary["primary_metric"] is None or summary["primary_value"] is None:
         return [*lines, "no classifier result"]
-    seen = _seen_words(summary)
-    lines.append(f"AUROC {_spoken(summary, 'auroc')}, {summary['primary']}{seen}")
+    seen, title = _seen_words(summary), mil_words.title(summary["primary_metric"])
+    lines.append(f"{title} {_spoken(summary, 'primary_value', 'primary')}, {summary['primary']}{seen}")
     if summary["balanced_accuracy"] is not None:
         lines.append(f"balanced accuracy {_spoken(summary, 'balanced_accuracy')}{seen}")
     if summary["localisation_auroc"] is not None:
         where = f" on {counted(summary['localisation_slides'], 'slide')}" if summary["localisation_slides"] else ""
         lines.append(f"localisation AUROC {_spoken(summary, 'localisation_auroc')}{where}{seen}")
     for name, control in summary["controls"].items():
-        if control["auroc"] is not None:
-            lines.append(f"control {name}: AUROC {_spoken(control, 'auroc')}{_seen_words(control)}")
+        if control["primary_value"] is not None:
+            lines.append(f"control {name}: {title} {_spoken(control, 'primary_value', 'primary')}{_seen_words(control)}")
     return [*lines, *summary["warnings"]]
 
 
@@ -139,7 +231,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _spoken(numbers: Mapping[str, Any], key: str) -> str:
-    low, high = numbers[f"{key}_low"], numbers[f"{key}_high"]
+def _spoken(numbers: Mapping[str, Any], key: str, limits: str = "") -> str:
+    low, high = numbers[f"{limits or key}_low"], numbers[f"{limits or key}_high"]
     interval = f" (95 % interval {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     return f"{numbers[key]:.2f}{interval}"

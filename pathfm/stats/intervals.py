@@ -1,45 +1,134 @@
 """How sure a number is: DeLong for independent patients, and the bootstrap over patients for everything else.
 
-Legend: N samples.
+A bootstrap is a matrix of weights (how often each patient was drawn) that all metrics share; see ``metrics.Statistic``.
+
+Legend: N samples, G groups (patients), R resamples.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit
 from scipy.stats import norm, rankdata
+from scipy.stats import t as student
 
-from pathfm.stats.metrics import auroc, balanced_accuracy
+from pathfm.stats.metrics import Floats, Statistic, auroc
+
+MOST_UNDEFINED = 0.05
+"""Share of resamples in which a metric may be undefined (a class was not drawn) before its interval is withheld."""
+NO_SPREAD = "resamples do not differ"
+"""Method of an interval without limits: the metric of every resample is that of the sample, as of a perfect model."""
+BLOCK = 2**21
+"""Weights held at a time."""
 
 
 class Interval(NamedTuple):
-    """A number with its two-sided confidence limits and how they were made."""
+    """A number with its two-sided confidence limits and how they were made; limits are NaN where nothing can be said."""
 
     value: float
     low: float
     high: float
     method: str
 
+    @property
+    def known(self) -> bool:
+        """Whether there are limits."""
+        return not (math.isnan(self.low) or math.isnan(self.high))
 
-def delong_variance(score_N: ArrayLike, positive_N: ArrayLike) -> float:
-    """Variance of the AUROC by DeLong et al. (1988), from midranks (Sun and Xu 2014); O(N log N).
 
-    NaN when a class has a single member: a variance cannot be estimated from one.
+@dataclass(frozen=True)
+class Patients:
+    """Which samples are drawn together (a patient's), and among whom.
+
+    Attributes:
+        group_N: number of each sample's group.
+        pools: numbers of the groups of each stratum; a resample draws as many from each as it holds.
     """
+
+    group_N: NDArray[np.intp]
+    pools: tuple[NDArray[np.intp], ...]
+
+    @property
+    def count(self) -> int:
+        """Groups G."""
+        return sum(len(pool) for pool in self.pools)
+
+    @property
+    def smallest(self) -> int:
+        """Groups of the smallest stratum, which limits what resampling can tell."""
+        return min((len(pool) for pool in self.pools), default=0)
+
+    @property
+    def independent(self) -> bool:
+        """Whether every group is one sample."""
+        return self.count == len(self.group_N)
+
+    def weights(self, resamples: int, seed: int) -> Iterator[Floats]:
+        """Blocks [r, N] of weights: how often the group of each sample was drawn. Depends on names and strata, not on order."""
+        streams = [np.random.default_rng([seed, number]) for number in range(len(self.pools))]
+        block = max(1, BLOCK // max(1, len(self.group_N)))
+        for start in range(0, resamples, block):
+            rows = min(block, resamples - start)
+            drawn_RG = np.zeros((rows, self.count))
+            for pool, stream in zip(self.pools, streams, strict=True):
+                places = stream.integers(len(pool), size=(rows, len(pool))) + np.arange(rows)[:, None] * len(pool)
+                drawn_RG[:, pool] = np.bincount(places.ravel(), minlength=rows * len(pool)).reshape(rows, len(pool))
+            yield drawn_RG[:, self.group_N]
+
+
+def patients_of(group_N: Sequence[str], stratum_N: Sequence[Hashable]) -> Patients:
+    """Groups in sorted order, and the strata in which they are drawn; all samples of a group have its stratum."""
+    names = sorted(set(group_N))
+    number = {name: place for place, name in enumerate(names)}
+    members: dict[str, set[int]] = {}
+    for group, stratum in zip(group_N, stratum_N, strict=True):
+        members.setdefault(repr(stratum), set()).add(number[group])
+    pools = tuple(np.array(sorted(members[key]), dtype=np.intp) for key in sorted(members))
+    return Patients(np.array([number[group] for group in group_N], dtype=np.intp), pools)
+
+
+def strata(label_N: Sequence[int], group_N: Sequence[str]) -> list[int]:
+    """The stratum of each sample: of the classes that its group has, the one that the fewest groups have."""
+    held = set(zip(group_N, label_N, strict=True))
+    groups_of = Counter(label for _, label in held)
+    rarest: dict[str, int] = {}
+    for group, label in sorted(held):
+        if group not in rarest or groups_of[label] < groups_of[rarest[group]]:
+            rarest[group] = label
+    return [rarest[group] for group in group_N]
+
+
+def delong_places(score_N: ArrayLike, positive_N: ArrayLike) -> tuple[Floats, Floats]:
+    """Structural components of DeLong et al. (1988): of each positive the share of negatives below it, of each negative the
+    share of positives above it; ties count one half. From midranks (Sun and Xu 2014), O(N log N)."""
     score, positive = np.asarray(score_N, dtype=np.float64), np.asarray(positive_N, dtype=bool)
     above, below = score[positive], score[~positive]
-    if min(len(above), len(below)) < 2:
-        return math.nan
     ranks = rankdata(np.concatenate([above, below]))
     place_above = (ranks[: len(above)] - rankdata(above)) / len(below)
     place_below = 1.0 - (ranks[len(above) :] - rankdata(below)) / len(above)
-    return float(np.var(place_above, ddof=1) / len(above) + np.var(place_below, ddof=1) / len(below))
+    return place_above, place_below
+
+
+def places_variance(place_above: Floats, place_below: Floats) -> float:
+    """Variance of the mean of structural components, or of their difference between two scores of the same samples.
+
+    NaN when a class has a single member: a variance cannot be estimated from one.
+    """
+    if min(len(place_above), len(place_below)) < 2:
+        return math.nan
+    return float(np.var(place_above, ddof=1) / len(place_above) + np.var(place_below, ddof=1) / len(place_below))
+
+
+def delong_variance(score_N: ArrayLike, positive_N: ArrayLike) -> float:
+    """Variance of the AUROC; NaN when a class has a single member."""
+    return places_variance(*delong_places(score_N, positive_N))
 
 
 def auroc_interval(score_N: ArrayLike, positive_N: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -60,15 +149,71 @@ def auroc_interval(score_N: ArrayLike, positive_N: ArrayLike, confidence: float 
     smaller = int(min(positive.sum(), (~positive).sum()))
     tail = (1.0 - confidence) / 2
     if value in (0.0, 1.0):
-        limit = tail ** (1.0 / smaller)
-        low, high = (limit, 1.0) if value == 1.0 else (0.0, 1.0 - limit)
-        return Interval(value, low, high, "exact, disjoint pairs")
+        return pairs_interval(value, smaller, confidence)
     variance, method = delong_variance(score_N, positive_N), "DeLong, logit"
     if not variance > 0.0:
         variance, method = value * (1.0 - value) / smaller, "largest variance, logit"
-    reach = float(norm.ppf(1.0 - tail)) * math.sqrt(variance) / (value * (1.0 - value))
-    centre = float(logit(value))
-    return Interval(value, float(expit(centre - reach)), float(expit(centre + reach)), method)
+    low, high = _on_logit(value, float(norm.ppf(1.0 - tail)) * math.sqrt(variance))
+    return Interval(value, low, high, method)
+
+
+def pairs_interval(value: float, pairs: int, confidence: float = 0.95) -> Interval:
+    """Limits of a share of ordered pairs that is 1 (or 0) in all of ``pairs`` disjoint ones."""
+    limit = ((1.0 - confidence) / 2) ** (1.0 / pairs)
+    low, high = (limit, 1.0) if value == 1.0 else (0.0, 1.0 - limit)
+    return Interval(value, low, high, "exact, disjoint pairs")
+
+
+def bootstrap_draws(statistics: Mapping[str, Statistic], patients: Patients, resamples: int, seed: int) -> dict[str, Floats]:
+    """Every statistic [R] on the same resamples of patients."""
+    parts: dict[str, list[Floats]] = {name: [] for name in statistics}
+    for weight_RN in patients.weights(resamples, seed):
+        for name, statistic in statistics.items():
+            parts[name].append(statistic(weight_RN))
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def percentile_interval(value: float, draw_R: Floats, smallest: int) -> Interval:
+    """Percentile interval, expanded for small samples as Student's t is against the normal (Hesterberg 2015).
+
+    ``smallest``: groups of the smallest stratum. Limits are NaN when resamples are undefined or do not differ.
+    """
+    draws, method = _usable(draw_R, smallest)
+    if draws is None:
+        return Interval(value, math.nan, math.nan, method)
+    tail = float(norm.cdf(-expansion(smallest)))
+    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    return Interval(value, min(value, float(low)), max(value, float(high)), method)
+
+
+def logit_interval(value: float, draw_R: Floats, smallest: int) -> Interval:
+    """Bootstrap standard error on the logit scale with Student's t: for shares of ordered pairs, which resampling biases.
+
+    Limits are NaN when resamples are undefined or do not differ, and at 0 and 1.
+    """
+    draws, method = _usable(draw_R, smallest)
+    if draws is None or not 0.0 < value < 1.0:
+        return Interval(value, math.nan, math.nan, method if draws is None else NO_SPREAD)
+    low, high = _on_logit(value, expansion(smallest) * float(np.std(draws)))
+    return Interval(value, low, high, f"{method}, logit")
+
+
+def distance_interval(value: float, centred_R: Floats, smallest: int) -> Interval:
+    """Interval of a sum of absolute deviations (calibration error), which noise only enlarges, so that resampling it misleads.
+
+    The sum differs from the true one by no more than the sum of the deviations' errors; ``centred_R`` are resampled sums of
+    those (the triangle inequality: never too short, often too long).
+    """
+    draws, method = _usable(centred_R, smallest)
+    if draws is None:
+        return Interval(value, math.nan, math.nan, method)
+    reach = float(np.quantile(draws, 0.95)) * expansion(smallest) / float(norm.ppf(0.975))
+    return Interval(value, max(0.0, value - reach), min(1.0, value + reach), f"{method}, largest distance")
+
+
+def expansion(smallest: int) -> float:
+    """What replaces 1.96 when the smallest stratum has so many groups: t with one degree less, for a variance by N."""
+    return float(student.ppf(0.975, smallest - 1)) * math.sqrt(smallest / (smallest - 1))
 
 
 def bootstrap_interval(
@@ -78,7 +223,7 @@ def bootstrap_interval(
     resamples: int,
     seed: int,
 ) -> Interval:
-    """Percentile interval (95 %) from resampling whole groups (patients) within their strata.
+    """Percentile interval (95 %) from resampling whole groups (patients) within their strata, for any function of samples.
 
     Args:
         statistic: value from sample indices; it is called with all samples once, then once per resample.
@@ -87,50 +232,30 @@ def bootstrap_interval(
         resamples: number of resamples.
         seed: any non-negative integer.
     """
-    members: dict[str, list[int]] = {}
-    strata: dict[str, set[str]] = {}
-    for index, (group, stratum) in enumerate(zip(group_N, stratum_N, strict=True)):
-        members.setdefault(group, []).append(index)
-        strata.setdefault(repr(stratum), set()).add(group)
-    pools = [[np.asarray(members[group], dtype=np.intp) for group in sorted(strata[key])] for key in sorted(strata)]
-    rng = np.random.default_rng(seed)
-    draws = [statistic(_resample(pools, rng)) for _ in range(resamples)]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    value = statistic(np.arange(len(group_N), dtype=np.intp))
-    return Interval(value, float(low), float(high), "bootstrap over patients")
+    patients, everything = patients_of(group_N, stratum_N), np.arange(len(group_N), dtype=np.intp)
+    draws = [
+        statistic(np.repeat(everything, weight_N.astype(np.intp)))
+        for weight_RN in patients.weights(resamples, seed)
+        for weight_N in weight_RN
+    ]
+    value = statistic(everything)
+    interval = percentile_interval(value, np.asarray(draws), patients.smallest)
+    return interval if interval.known else Interval(value, min(draws), max(draws), "bootstrap over patients")
 
 
-def balanced_accuracy_interval(
-    predicted_N: ArrayLike, label_N: ArrayLike, group_N: Sequence[str], resamples: int, seed: int
-) -> Interval:
-    """Balanced accuracy with the bootstrap over groups (patients), stratified by the classes of a group.
-
-    When all predictions are right, so are those of every resample, and the bootstrap says nothing. With C classes of at least
-    m groups each, that has probability at most value**(m C) (recalls of mean ``value`` have no larger product); the lower
-    limit is the value that makes this 2.5 %. All wrong: its mirror image.
-    """
-    predicted, label = np.asarray(predicted_N), np.asarray(label_N)
-    value = balanced_accuracy(predicted, label)
-    if value in (0.0, 1.0):
-        sizes = Counter(number for _, number in set(zip(group_N, label.tolist(), strict=True))).values()
-        limit = 0.025 ** (1.0 / (min(sizes) * len(sizes)))
-        low, high = (limit, 1.0) if value == 1.0 else (0.0, 1.0 - limit)
-        return Interval(value, low, high, "exact")
-
-    def statistic(index: NDArray[np.intp]) -> float:
-        return balanced_accuracy(predicted[index], label[index])
-
-    return bootstrap_interval(statistic, group_N, strata(label.tolist(), group_N), resamples, seed)
+def _usable(draw_R: Floats, smallest: int) -> tuple[Floats | None, str]:
+    """Draws that tell something, or None; and the method, or why there is none."""
+    draws = draw_R[np.isfinite(draw_R)]
+    if len(draws) < (1.0 - MOST_UNDEFINED) * len(draw_R):
+        return None, f"undefined in {len(draw_R) - len(draws)} of {len(draw_R)} resamples"
+    if smallest < 2:
+        return None, "a class has one patient" if smallest else "no patients"
+    if np.ptp(draws) <= 1e-12 * max(1.0, float(np.abs(draws).max())):
+        return None, NO_SPREAD
+    return draws, "bootstrap over patients"
 
 
-def strata(label_N: Sequence[int], group_N: Sequence[str]) -> list[tuple[int, ...]]:
-    """The stratum of each sample: the classes its group (patient) has."""
-    classes_of: dict[str, set[int]] = {}
-    for label, group in zip(label_N, group_N, strict=True):
-        classes_of.setdefault(group, set()).add(label)
-    return [tuple(sorted(classes_of[group])) for group in group_N]
-
-
-def _resample(pools: Sequence[Sequence[NDArray[np.intp]]], rng: np.random.Generator) -> NDArray[np.intp]:
-    drawn = [pool[place] for pool in pools for place in rng.integers(len(pool), size=len(pool))]
-    return np.concatenate(drawn)
+def _on_logit(value: float, reach: float) -> tuple[float, float]:
+    """Value plus and minus a reach that is carried to the logit scale and back."""
+    centre, reach = float(logit(value)), reach / (value * (1.0 - value))
+    return float(expit(centre - reach)), float(expit(centre + reach))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +12,12 @@ from pathfm.addresses import is_remote, placed, public_name
 from pathfm.config import bullet_list, did_you_mean
 from pathfm.errors import UsageError
 from pathfm.geometry import MPP_SANE, mpp_is_sane
+from pathfm.log import status
+from pathfm.store.interop.label_tables import Table, folded, joined, read_table, translated
 from pathfm.study import CohortSettings
 
 REQUIRED = ("slide_id", "path")
-RESERVED = (*REQUIRED, "patient_id", "mpp", "site", "split", "lesion_mask")
+RESERVED = (*REQUIRED, "patient_id", "specimen_id", "mpp", "site", "split", "lesion_mask")
 """Columns with a meaning of their own; every other column is a label column."""
 MAX_ID_BYTES = 200
 """File systems allow 255 bytes per name; the rest is for suffixes."""
@@ -28,12 +28,16 @@ FindSlides = Callable[[Sequence[str], bool], Sequence[tuple[str, Path]]]
 
 @dataclass(frozen=True, slots=True)
 class SlideRow:
-    """One slide of the cohort. ``line`` is its line in the table (0 without a table); an absent label is empty text."""
+    """One slide of the cohort. ``line`` is its line in the table (0 without a table); an absent label is empty text.
+
+    ``path`` is the slide; where slides are not needed and the table has no paths, only its name.
+    """
 
     slide_id: str
     path: Path
     line: int = 0
     patient_id: str | None = None
+    specimen_id: str | None = None
     mpp: float | None = None
     site: str | None = None
     split: str | None = None
@@ -43,27 +47,34 @@ class SlideRow:
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """All slides of a study, in the order of the table (by slide_id without one), and the names of the label columns."""
+    """All slides of a study, in the order of the table (by slide_id without one), and the names of the label columns.
+
+    ``notes`` say what was done to a table of another tool, and who was found in one of two tables only.
+    """
 
     rows: tuple[SlideRow, ...]
     label_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = None) -> Cohort:
+def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = None, *, needs_slides: bool = True) -> Cohort:
     """The cohort of a table, or without a table of the slides that ``find`` finds in the given sources.
 
     Args:
         settings: the study's ``cohort`` table.
         base: folder that relative paths of the settings start at (paths inside the table start at the table's folder).
         find: discovery; needed when there is no table.
+        needs_slides: every slide must have a path, and be there. Without slides (features made elsewhere) paths may be absent,
+            and tables are taken as other tools write them (``pathfm.store.interop.label_tables``); what that changes is said.
 
     Raises:
-        UsageError: anything wrong with the table or the ids, all problems in one message with their line numbers.
+        UsageError: anything wrong with the tables or the ids, all problems in one message with their line numbers.
     """
     if settings.table and settings.slides:
         raise UsageError("both a table and slides are given", where="cohort", fix="keep one: cohort.table or cohort.slides")
     if settings.table:
-        return _read_table(base / settings.table)
+        clinical = base / settings.clinical if settings.clinical else None
+        return _read_table(base / settings.table, clinical, needs_slides)
     if not settings.slides:
         raise UsageError("no slides are given", where="cohort", fix="set cohort.table=FILE.csv or cohort.slides=[FOLDER]")
     if find is None:
@@ -85,13 +96,15 @@ def shard_of(rows: Sequence[SlideRow], shard: str) -> tuple[SlideRow, ...]:
     return tuple(rows[index - 1 :: count])
 
 
-def check_labels(cohort: Cohort, label: str, level: Literal["patient", "slide"]) -> None:
-    """Refuse a label column that is absent or empty, or (``level="patient"``) patients whose slides contradict each other.
+def check_labels(cohort: Cohort, label: str, level: Literal["patient", "specimen", "slide"]) -> None:
+    """Refuse a label column that is absent or empty, or patients (specimens) whose slides contradict each other.
 
     Raises:
-        UsageError: naming the column, or every such patient with its labels and lines.
+        UsageError: naming the column, or every such patient (specimen) with its labels and lines.
     """
     where = f"label {label!r}"
+    if label in RESERVED:
+        raise UsageError("this column has a meaning of its own", where=where, fix="copy it under another name to predict it")
     if label not in cohort.label_names:
         known = ", ".join(cohort.label_names) or "none"
         hint = did_you_mean(label, cohort.label_names)
@@ -103,9 +116,12 @@ def check_labels(cohort: Cohort, label: str, level: Literal["patient", "slide"])
         return
     seen: dict[str, dict[str, list[int]]] = {}
     for row in labelled:
-        if row.patient_id is not None:
-            seen.setdefault(row.patient_id, {}).setdefault(row.labels[label], []).append(row.line)
-    _refuse([_contradiction(patient, said) for patient, said in seen.items() if len(said) > 1], where)
+        name = row.patient_id
+        if level == "specimen":  # two patients may each have a specimen 1
+            name = row.specimen_id and " ".join(filter(None, (row.patient_id, row.specimen_id)))
+        if name is not None:
+            seen.setdefault(name, {}).setdefault(row.labels[label], []).append(row.line)
+    _refuse([_contradiction(level, name, said) for name, said in seen.items() if len(said) > 1], where)
 
 
 def id_problem(slide_id: str) -> str:
@@ -125,71 +141,61 @@ def id_problem(slide_id: str) -> str:
     return ""
 
 
-def _read_table(table: Path) -> Cohort:
-    header, cells = _read_cells(table)
-    problems = [f"column {name!r} is there twice" for name in dict.fromkeys(header) if name and header.count(name) > 1]
-    problems += [f"column {index} has no name" for index, name in enumerate(header, start=1) if not name]
-    absent = [name for name in REQUIRED if name not in header]
-    problems += [f"there is no column {name!r}{did_you_mean(name, set(header) - set(RESERVED))}" for name in absent]
-    if problems:
-        raise UsageError(bullet_list(problems), where=str(table), fix=f"columns: {', '.join(header)}")
-    if not cells:
-        raise UsageError("the table has no rows", where=str(table))
+def _read_table(path: Path, clinical: Path | None, needs_slides: bool) -> Cohort:
+    table = read_table(path)
+    if not needs_slides:
+        table = translated(table)
+    if clinical:
+        table = joined(table, translated(read_table(clinical), ("patient_id",)))
+    for note in table.notes:
+        status(path.name, "note", note)
+    _check_header(table, REQUIRED if needs_slides else REQUIRED[:1])
+    problems: list[str] = []
     rows: list[SlideRow] = []
-    for line, values in cells:
-        if len(values) != len(header):
-            problems.append(f"line {line}: {len(values)} fields, but the header has {len(header)} columns")
+    for line, values in table.rows:
+        if len(values) != len(table.names):
+            problems.append(f"line {line}: {len(values)} fields, but the header has {len(table.names)} columns")
             continue
-        row, wrong = _read_row(dict(zip(header, values, strict=True)), line, table.parent)
+        row, wrong = _read_row(dict(zip(table.names, values, strict=True)), line, path.parent, needs_slides)
         problems += [f"line {line}: {problem}" for problem in wrong]
         rows.append(row)
-    _refuse(problems + _clashes(rows), str(table))
-    return Cohort(tuple(rows), tuple(name for name in header if name not in RESERVED))
+    _refuse(problems + _clashes(rows), str(path))
+    return Cohort(tuple(rows), tuple(name for name in table.names if name not in RESERVED), table.notes)
 
 
-def _read_cells(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Column names, and the line number and values of every row that is not blank; all stripped text."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError("there is no such cohort table", where=str(table)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the cohort table cannot be read as UTF-8 text: {error}", where=str(table)) from None
-    # The delimiter is whichever is most frequent in the header: column names hold none of the three.
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    # Strict, because an unclosed quote would otherwise swallow the rest of the table without a word.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    cells: list[tuple[int, list[str]]] = []
-    try:
-        for values in reader:
-            stripped = [value.strip() for value in values]
-            cells += [(reader.line_num, stripped)] if any(stripped) else []
-    except csv.Error as error:
-        raise UsageError(f"not a valid CSV table: {error}", where=f"{table}, line {reader.line_num}") from None
-    if not cells:
-        raise UsageError("the table is empty", where=str(table), fix=f"columns: {', '.join(RESERVED)}, and labels")
-    return cells[0][1], cells[1:]
+def _check_header(table: Table, required: Sequence[str]) -> None:
+    names = table.names
+    problems = [f"column {name!r} is there twice" for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    problems += [f"column {index} has no name" for index, name in enumerate(names, start=1) if not name]
+    absent = [name for name in required if name not in names]
+    problems += [f"there is no column {name!r}{did_you_mean(name, set(names) - set(RESERVED))}" for name in absent]
+    if problems:
+        raise UsageError(bullet_list(problems), where=str(table.path), fix=f"columns: {', '.join(names)}")
+    if not table.rows:
+        raise UsageError("the table has no rows", where=str(table.path))
 
 
-def _read_row(values: Mapping[str, str], line: int, folder: Path) -> tuple[SlideRow, list[str]]:
+def _read_row(values: Mapping[str, str], line: int, folder: Path, needs_slides: bool) -> tuple[SlideRow, list[str]]:
     """A row and what is wrong with it."""
     problems = [problem] if (problem := id_problem(values["slide_id"])) else []
     if values.get("patient_id") == "":
         problems.append("the patient_id is empty")
-    mpp, path, mask = _number(values.get("mpp", "")), placed(folder, values["path"]), values.get("lesion_mask", "")
+    named = values.get("path", "")
+    mpp, path, mask = _number(values.get("mpp", "")), placed(folder, named), values.get("lesion_mask", "")
     if values.get("mpp") and (mpp is None or not mpp_is_sane(mpp)):
         problems.append(f"mpp {values['mpp']!r} must be a number from {MPP_SANE[0]} to {MPP_SANE[1]} micrometres per pixel")
-    if not values["path"]:
+    if not named and needs_slides:
         problems.append("the path is empty")
-    elif not _exists(path):
+    elif needs_slides and not _exists(path):
         problems.append(f"there is no file {path}")
     if mask and not _exists(folder / mask):
         problems.append(f"there is no lesion mask {folder / mask}")
     row = SlideRow(
         slide_id=values["slide_id"],
-        path=path,
+        path=path if named else Path(values["slide_id"]),
         line=line,
         patient_id=values.get("patient_id"),
+        specimen_id=values.get("specimen_id") or None,
         mpp=mpp,
         site=values.get("site") or None,
         split=values.get("split") or None,
@@ -226,7 +232,7 @@ def _clashes(rows: Iterable[SlideRow]) -> list[str]:
     for row in rows:
         if not row.slide_id:
             continue
-        other = first.setdefault(unicodedata.normalize("NFC", row.slide_id).casefold(), row)
+        other = first.setdefault(folded(row.slide_id), row)
         if other is row:
             continue
         same = (
@@ -242,9 +248,9 @@ def _clashes(rows: Iterable[SlideRow]) -> list[str]:
     return problems
 
 
-def _contradiction(patient: str, said: Mapping[str, Sequence[int]]) -> str:
+def _contradiction(level: str, name: str, said: Mapping[str, Sequence[int]]) -> str:
     parts = [f"{label!r} on line {', '.join(map(str, lines))}" for label, lines in said.items()]
-    return f"patient {patient!r} is {' and '.join(parts)}"
+    return f"{level} {name!r} is {' and '.join(parts)}"
 
 
 def _refuse(problems: Sequence[str], where: str) -> None:

@@ -13,8 +13,9 @@ from pathfm.geometry import Mpp
 from pathfm.slides.reader import SlideMetadata, SlideReader
 from pathfm.store.cohort import SlideRow
 from pathfm.store.interop import find_coords, read_coords
+from pathfm.store.interop.annotations import Annotations, load_annotations
 from pathfm.study import ColourSettings, TileSettings
-from pathfm.tile.annotations import Annotations, apply_annotations, load_annotations, unmatched_classes
+from pathfm.tile.annotations import apply_annotations, unmatched_classes
 from pathfm.tile.colour import Recolour, icc_to_srgb, make_normaliser
 from pathfm.tile.grid import Grid, grid_at, plan_grids
 from pathfm.tile.task import ASSUMED, UNKNOWN

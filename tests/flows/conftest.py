@@ -21,7 +21,7 @@ pretrain:
     head_bottleneck: 16, layer_scale: 0, warmup_steps: 2, freeze_last_layer_steps: 1, teacher_warmup_steps: 2,
     crops: {{global_px: 32, local_px: 16, local_count: 2}}}}
 extract: {{input_px: 64, precision: fp32}}
-mil: {{label: label, positive: lesion, folds: 2, ensemble: 2, epochs: 3, bootstrap: 50, hidden: 16, attention: 8}}
+mil: {{label: label, positive: lesion, folds: 2, ensemble: 2, epochs: 3, numbers: {{bootstrap: 50}}, hidden: 16, attention: 8}}
 report: {{heatmaps: 2, top_tiles: 2}}
 """
 

@@ -11,7 +11,7 @@ from tests.flows.conftest import run
 
 ENCODER = "untrained:resnet10t"
 OPTIONS = ["--tile-px", "64", "--set", "tile.tissue.min_area_um2=500"]
-SMALL = "folds: 2, ensemble: 1, epochs: 2, bootstrap: 20, hidden: 8, attention: 4"
+SMALL = "folds: 2, ensemble: 1, epochs: 2, numbers.bootstrap: 20, hidden: 8, attention: 4"
 
 
 def _mil(*arguments):
@@ -68,7 +68,7 @@ def test_a_batch_of_bad_slides_alone_still_gets_its_rows(trained, tmp_path):
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     code, _, err = run("mil", "predict", trained / "out", tmp_path / "bad.svs", "--out", tmp_path / "new")
     assert code == 3, err
-    assert "bad,failed" in (tmp_path / "new" / "predictions.csv").read_text()
+    assert "bad,,failed" in (tmp_path / "new" / "predictions.csv").read_text()
 
 
 def test_a_copied_folder_works_on_itself(trained, tmp_path):

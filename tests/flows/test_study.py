@@ -52,7 +52,8 @@ def test_predicting_new_slides_with_the_trained_networks(finished, cohort_table,
     assert rows["broken"]["outcome"] == "failed"
     used = [row for row in rows.values() if row["outcome"] == "predicted"]
     assert len(used) == 2
-    assert all(float(row["p_lesion"]) + float(row["p_normal"]) == pytest.approx(1, abs=1e-5) for row in used)
+    for row in used:
+        assert float(row["probability_lesion"]) + float(row["probability_normal"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_inspect_knows_every_artifact(finished):

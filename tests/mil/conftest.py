@@ -24,11 +24,11 @@ class Planted:
     inputs: MilInputs
 
     def study(self, **mil) -> Study:
-        small = {"folds": 3, "ensemble": 1, "hidden": 16, "attention": 8, "epochs": 6, "bootstrap": 50, "controls": False}
+        small = {"folds": 3, "ensemble": 1, "hidden": 16, "attention": 8, "epochs": 6, "controls": False}
         return Study.model_validate(
             {
                 "cohort": {"tile_labels": str(self.base / "tile_labels.csv")},
-                "mil": {**small, **mil},
+                "mil": {**small, **mil, "numbers": {"bootstrap": 50, **mil.get("numbers", {})}},
                 "report": {"heatmaps": 2, "top_tiles": 3},
                 "compute": {"device": "cpu", "workers": 1, "threads": 1},
             }

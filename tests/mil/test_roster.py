@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from pathfm.errors import UsageError
-from pathfm.mil.roster import Absence, check_cohort, flow, make_roster, patient_ids
+from pathfm.mil.roster import Absence, check_cohort, flow, make_units, patient_flow, patient_ids, stratum_of
+from pathfm.mil_settings import MilSettings
 from pathfm.store.cohort import Cohort, SlideRow
-from pathfm.study import CohortSettings, MilSettings
+from pathfm.study import CohortSettings
 
 
 def cohort(*rows):
@@ -34,36 +35,44 @@ def test_contradicting_labels_of_a_patient_are_listed_with_their_lines():
     check_cohort(table, MilSettings(level="slide"))
 
 
+def units_of(table, **mil):
+    return make_units(table, patient_ids(table, CohortSettings()), {}, MilSettings(**mil))
+
+
 def test_slides_of_a_patient_scattered_over_an_unsorted_table_all_stay():
     table = cohort(("a1", "a", "x"), ("b1", "b", "y"), ("a2", "a", "x"), ("a3", "a", "x"), ("b2", "b", "y"))
-    roster = make_roster(table, patient_ids(table, CohortSettings()), {}, MilSettings())
-    assert [unit.slide_ids for unit in roster.units] == [("a1", "a2", "a3"), ("b1", "b2")]
+    assert [unit.slide_ids for unit in units_of(table)] == [("a1", "a2", "a3"), ("b1", "b2")]
 
 
 def test_slide_level_keeps_slides_of_a_patient_in_one_stratum():
     table = cohort(("a1", "a", "x"), ("a2", "a", "y"), ("b1", "b", "x"), ("c1", "c", "x"), ("d1", "d", "y"))
-    roster = make_roster(table, patient_ids(table, CohortSettings()), {}, MilSettings(level="slide"))
-    assert [unit.unit_id for unit in roster.units] == ["a1", "a2", "b1", "c1", "d1"]
-    assert roster.stratum_of == {"a": "y", "b": "x", "c": "x", "d": "y"}
+    units = units_of(table, level="slide")
+    assert [unit.unit_id for unit in units] == ["a1", "a2", "b1", "c1", "d1"]
+    assert stratum_of(units, [unit.labels["label"] for unit in units]) == {"a": "y", "b": "x", "c": "x", "d": "y"}
 
 
-def test_positive_class_is_the_last_or_the_chosen_one():
-    table = cohort(("a1", "a", "x"), ("b1", "b", "y"))
-    patients = patient_ids(table, CohortSettings())
-    assert make_roster(table, patients, {}, MilSettings()).positive == "y"
-    assert make_roster(table, patients, {}, MilSettings(positive="x")).positive == "x"
-    with pytest.raises(UsageError, match=r"'z'.*labels: x, y"):
-        make_roster(table, patients, {}, MilSettings(positive="z"))
-
-
-def test_one_class_left_is_refused_with_the_fate_of_the_others():
-    table = cohort(("a1", "a", "x"), ("b1", "b", "y"))
-    absent = {"b1": Absence("failed", "broken")}
-    with pytest.raises(UsageError, match=r"x: 1.*failed: 1"):
-        make_roster(table, patient_ids(table, CohortSettings()), absent, MilSettings())
+def test_a_specimen_is_the_slides_of_a_patient_that_name_it():
+    rows = [("a1", "a", "s1"), ("a2", "a", "s2"), ("a3", "a", "s1"), ("b1", "b", "s1")]
+    table = Cohort(
+        tuple(
+            SlideRow(slide, Path(slide), line, patient_id=patient, specimen_id=specimen, labels={"label": patient})
+            for line, (slide, patient, specimen) in enumerate(rows, 2)
+        ),
+        ("label",),
+    )
+    assert [(unit.unit_id, unit.patient_id, unit.slide_ids) for unit in units_of(table, level="specimen")] == [
+        ("s1", "a", ("a1", "a3")),
+        ("s1", "b", ("b1",)),
+        ("s2", "a", ("a2",)),
+    ]
+    unnamed = cohort(("a1", "a", "x"), ("b1", "b", "y"))
+    with pytest.raises(UsageError, match=r"2 of 2 slides have no specimen_id"):
+        check_cohort(unnamed, MilSettings(level="specimen"))
 
 
 def test_flow_adds_up():
-    table = cohort(*[(f"s{index}", f"p{index}", "x") for index in range(5)])
-    counts = flow(table, {"s1": Absence("failed", "."), "s2": Absence("no file", "."), "s3": Absence("no label", ".")})
-    assert counts == {"cohort": 5, "no file": 1, "failed": 1, "empty": 0, "no label": 1, "used": 2}
+    table = cohort(*[(f"s{index}", f"p{index // 2}", "x") for index in range(6)])
+    absent = {"s1": Absence("failed", "."), "s2": Absence("no file", "."), "s3": Absence("no label", ".")}
+    assert flow(table, absent) == {"cohort": 6, "no file": 1, "failed": 1, "empty": 0, "no label": 1, "used": 3}
+    counts = patient_flow(table, patient_ids(table, CohortSettings()), absent)
+    assert counts == {"cohort": 3, "no file": 1, "failed": 0, "empty": 0, "no label": 0, "used": 2}

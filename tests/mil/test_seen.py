@@ -132,7 +132,7 @@ def test_exclude_judges_only_patients_an_external_encoder_has_not_seen(small, tm
     inputs = small.into("excluded")
     run_mil(external(small, encoder, seen_in_pretraining="exclude", controls=True), small.cohort, inputs)
     content = metrics(inputs)
-    assert (content["n_patients"], content["n_slides"], content["flow"]["used"]) == (21, 42, 48)
+    assert (content["n_patients"], content["n_slides"], content["flow"]["slides"]["used"]) == (21, 42, 48)
     assert (content["seen_in_pretraining"]["patients_seen"], content["seen_in_pretraining"]["left_out"]) == (0, 3)
     rows = {row["patient_id"]: row for row in table(inputs.mil_dir / "predictions.csv")}
     assert len(rows) == 24
@@ -156,7 +156,7 @@ def test_own_encoder_without_held_out_patients_is_judged_on_them_alone(small, tm
     run_mil(study, small.cohort, inputs)
     content = metrics(inputs)
     test = held_out_patients(study, small.cohort)
-    folds = json.loads((inputs.mil_dir / "folds.json").read_text())["folds"]
+    folds = json.loads((inputs.mil_dir / "splits.json").read_text())["folds"]
     assert len(folds) == 1 and set(folds[0]["test"]) == test
     assert content["n_patients"] == len(test) == 8
     assert not content["seen_in_pretraining"]["transductive"]
@@ -168,7 +168,7 @@ def test_own_encoder_without_held_out_patients_is_judged_on_them_alone(small, tm
 def test_held_out_patients_are_those_of_the_first_fold_of_the_marked_study(small):
     study = small.study(seen_in_pretraining="exclude")
     run_mil(small.study(), small.cohort, small.into("folds"))
-    folds = json.loads((small.base / "folds" / "folds.json").read_text())["folds"]
+    folds = json.loads((small.base / "folds" / "splits.json").read_text())["folds"]
     assert held_out_patients(study, small.cohort) == set(folds[0]["test"])
 
 

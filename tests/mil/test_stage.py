@@ -14,19 +14,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
 
 from pathfm.errors import StoreError, UsageError
-from pathfm.mil.controls import colour_baseline, shuffled_labels
-from pathfm.mil.ensemble import Experiment, FoldPlaces, kept_or_fitted, load_member
-from pathfm.mil.fit import Bags
-from pathfm.mil.predict import predict
+from pathfm.mil.controls import cross_fit, dealt_patients, tile_score
+from pathfm.mil.ensemble import FoldPlaces, load_member
 from pathfm.mil.stage import run_mil
+from pathfm.mil.tasks import make_tasks
+from pathfm.mil_settings import MilSettings
 from pathfm.store.cohort import Cohort
 from pathfm.store.commit import content_digest
-from pathfm.store.feature_file import open_features, write_features
+from pathfm.store.feature_file import FeatureWriter, open_features, write_features
 from pathfm.store.record import Outcome
-from pathfm.study import MilSettings
 
 from .conftest import planted
 
@@ -61,7 +59,8 @@ def test_everything_of_the_folder_is_there(finished):
         48,
         24,
     )
-    assert content["flow"]["cohort"] == content["flow"]["used"] == 48
+    assert content["flow"]["slides"]["cohort"] == content["flow"]["slides"]["used"] == 48
+    assert content["flow"]["patients"]["used"] == 24
     for model in content["models"].values():
         for name in ("auroc", "balanced_accuracy"):
             assert 0 <= model[name]["low"] <= model[name]["value"] <= model[name]["high"] <= 1
@@ -89,7 +88,7 @@ def test_attention_sums_to_one_over_all_slides_of_a_patient(finished):
 def test_predictions_have_a_row_per_patient_from_the_fold_that_did_not_see_it(finished):
     small = finished[0]
     rows = table(small.inputs.mil_dir / "predictions.csv")
-    folds = json.loads((small.inputs.mil_dir / "folds.json").read_text())["folds"]
+    folds = json.loads((small.inputs.mil_dir / "splits.json").read_text())["folds"]
     assert [row["patient_id"] for row in rows] == [f"p{index:03d}" for index in range(24)]
     for row in rows:
         assert row["patient_id"] in folds[int(row["fold"])]["test"]
@@ -118,7 +117,7 @@ def test_test_fold_is_never_used_for_early_stopping_or_standardisation(tmp_path)
     plain = planted(tmp_path / "plain", patients=18, slides_each=1, stores=False)
     run_mil(plain.study(), plain.cohort, plain.inputs)
     strange = planted(tmp_path / "strange", patients=18, slides_each=1, stores=False)
-    test = json.loads((plain.inputs.mil_dir / "folds.json").read_text())["folds"][0]["test"]
+    test = json.loads((plain.inputs.mil_dir / "splits.json").read_text())["folds"][0]["test"]
     for row in strange.cohort.rows:
         if row.patient_id in test:
             path = strange.inputs.features_dirs["main"] / f"{row.slide_id}.h5"
@@ -134,16 +133,22 @@ def test_test_fold_is_never_used_for_early_stopping_or_standardisation(tmp_path)
 
 
 def test_test_labels_have_no_say_in_training(tmp_path):
-    draw = torch.Generator().manual_seed(0)
-    bags = tuple(torch.randn(5, 4, generator=draw) for _ in range(12))
-    fold = FoldPlaces((0, 1, 2, 3, 4, 5), (6, 7), (8, 9, 10, 11))
     weights = []
-    for number, test_labels in enumerate([(0, 1, 0, 1), (1, 1, 1, 0)]):
-        labels = Bags(bags, (0, 1, 0, 1, 0, 1, 0, 1, *test_labels))
-        settings = MilSettings(hidden=8, attention=4, epochs=4)
-        experiment = Experiment("m", tmp_path / str(number), labels, ("digest",) * 12, settings, {"classes": ["a", "b"]}, "x")
-        kept_or_fitted(experiment, fold, 0, 0)
-        weights.append((tmp_path / str(number) / "fold-0" / "member-0.safetensors").read_bytes())
+    for name in ("plain", "turned"):
+        study = planted(tmp_path / name, patients=18, slides_each=1, stores=False)
+        if name == "turned":
+            splits = json.loads((tmp_path / "plain" / "mil" / "splits.json").read_text())["folds"]
+            test = splits[0]["test"]
+            other = {"normal": "tumour", "tumour": "normal"}
+            rows = tuple(
+                replace(row, labels={"label": other[row.labels["label"]]}) if row.patient_id in test else row
+                for row in study.cohort.rows
+            )
+            study.cohort = Cohort(rows, ("label",))
+            shutil.copy(tmp_path / "plain" / "mil" / "splits.json", tmp_path / "splits.json")
+        split = {"scheme": "file", "file": str(tmp_path / "splits.json")} if name == "turned" else {}
+        run_mil(study.study(epochs=2, split=split), study.cohort, study.inputs)
+        weights.append((study.inputs.mil_dir / "models" / "fold-0" / "member-0.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
@@ -170,7 +175,7 @@ def test_slides_that_drop_out_are_counted_and_their_patients_keep_a_row(tmp_path
     )
     upstream = {"s008-0": Outcome("s008-0", "failed", "broken glass"), "s010-0": Outcome("s010-0", "empty", "no tissue")}
     report = run_mil(study.study(), Cohort(rows, ("label",)), replace(study.inputs, upstream=upstream))
-    counts = metrics(study.inputs.mil_dir)["flow"]
+    counts = metrics(study.inputs.mil_dir)["flow"]["slides"]
     assert counts == {"cohort": 32, "no file": 1, "failed": 3, "empty": 1, "no label": 2, "used": 25}
     assert report.statuses == {"done": 25, "failed": 4, "empty": 3}
     reasons = {row["patient_id"]: row for row in table(study.inputs.mil_dir / "predictions.csv")}
@@ -200,7 +205,7 @@ def test_features_of_different_length_or_encoder_are_refused(tmp_path):
 def test_controls_must_have_the_tiles_of_the_main_features(tmp_path):
     study = planted(tmp_path, patients=12, slides_each=1, stores=False)
     (study.inputs.features_dirs["colour"] / "s004-0.h5").unlink()
-    with pytest.raises(StoreError, match="no feature file"):
+    with pytest.raises(StoreError, match="a control has no features"):
         run_mil(study.study(controls=True), study.cohort, study.inputs)
 
 
@@ -213,7 +218,9 @@ def test_several_slides_of_a_patient_stay_in_one_fold_at_slide_level(small):
         folds.setdefault(row["patient_id"], set()).add(row["fold"])
     assert all(len(found) == 1 for found in folds.values())
     # Slides of a patient are not independent, so their AUROC gets no DeLong interval.
-    assert metrics(small.base / "slides")["models"]["pretrained encoder"]["auroc"]["method"] == "bootstrap over patients"
+    assert metrics(small.base / "slides")["models"]["pretrained encoder"]["auroc"]["method"].startswith(
+        "bootstrap over patients"
+    )
 
 
 def test_three_classes_work(tmp_path):
@@ -240,22 +247,6 @@ def test_too_few_patients_is_said_before_anything_is_trained(tmp_path):
     assert not study.inputs.mil_dir.exists()
 
 
-def test_predict_asks_all_networks_and_refuses_foreign_features(finished, tmp_path):
-    small = finished[0]
-    main = small.inputs.features_dirs["main"]
-    rows = predict(small.inputs.mil_dir, [main / "s001-0.h5", main / "s000-1.h5"])
-    assert [row.slide_id for row in rows] == ["s001-0", "s000-1"]
-    for row in rows:
-        assert sum(row.probability.values()) == pytest.approx(1)
-        assert row.lowest <= row.probability["tumour"] <= row.highest
-    with pytest.raises(StoreError, match="another encoder"):
-        predict(small.inputs.mil_dir, [small.inputs.features_dirs["untrained"] / "s001-0.h5"])
-    with pytest.raises(StoreError, match="6 features per tile"):
-        predict(small.inputs.mil_dir, [small.inputs.features_dirs["colour"] / "s001-0.h5"])
-    with pytest.raises(StoreError, match="no finished networks"):
-        predict(tmp_path, [main / "s001-0.h5"])
-
-
 def test_a_changed_weight_file_is_noticed(finished, tmp_path):
     copy = shutil.copytree(finished[0].inputs.mil_dir / "models", tmp_path / "models")
     path = copy / "fold-0" / "member-0.safetensors"
@@ -271,6 +262,111 @@ def test_saved_networks_name_no_machine_path(finished):
     for path in small.inputs.mil_dir.rglob("*.json"):
         if path.name != "record.json":
             assert str(small.base) not in path.read_text()
+
+
+def test_a_patient_with_anothers_features_is_refused_and_kept_on_one_side_if_asked(tmp_path):
+    study = planted(tmp_path, patients=12, slides_each=1, stores=False)
+    main = study.inputs.features_dirs["main"]
+    file = open_features(main / "s003-0.h5")
+    write_features(main / "s005-0.h5", file.features, file.coords, file.attrs)
+    with pytest.raises(UsageError, match=r"same features: s003-0, s005-0 of patients p003, p005"):
+        run_mil(study.study(epochs=1), study.cohort, study.inputs)
+    assert not (study.inputs.mil_dir / "models").exists()
+    run_mil(study.study(epochs=1, split={"leaks": "merge"}), study.cohort, study.inputs)
+    for fold in json.loads((study.inputs.mil_dir / "splits.json").read_text())["folds"]:
+        assert len({part for part, patients in fold.items() if {"p003", "p005"} & set(patients)}) == 1
+    assert [leak["kind"] for leak in metrics(study.inputs.mil_dir)["leaks"]] == ["same features"]
+
+
+def test_tiles_that_could_not_be_read_are_left_out_and_said(tmp_path):
+    study = planted(tmp_path, patients=12, slides_each=1)
+    path = study.inputs.features_dirs["main"] / "s003-0.h5"
+    file = open_features(path)
+    valid = np.ones(len(file.coords), dtype=bool)
+    valid[1] = False
+    with FeatureWriter(path, *file.features.shape, "float16", file.coords, file.attrs) as writer:
+        writer.write(0, file.features, valid)
+    run_mil(study.study(epochs=1), study.cohort, study.inputs)
+    assert any(note.startswith("s003-0: 1 of ") for note in metrics(study.inputs.mil_dir)["notes"])
+    rows = table(study.inputs.mil_dir / "attention" / "s003-0.csv")
+    assert len(rows) == len(file.coords)
+    assert [row["attention"] == "" for row in rows] == [not good for good in valid]
+
+
+@pytest.mark.parametrize(
+    ("mil", "columns", "metric"),
+    [
+        ({"label": "size", "kind": "regression"}, ["value"], "r2"),
+        ({"label": "os", "time": "months", "event": "dead"}, ["risk"], "c_index"),
+        ({"label": "grade", "order": ["1", "2", "3"]}, ["probability_1", "probability_2", "probability_3"], "kappa"),
+        ({"label": "genes", "columns": ["braf", "kras"]}, ["probability_braf", "probability_kras"], "auroc"),
+        ({"label": "label", "also": [{"label": "size", "kind": "regression"}]}, ["probability_normal", "size_value"], "auroc"),
+    ],
+)
+def test_every_kind_of_task_goes_through_the_stage(small, mil, columns, metric):
+    def labels(index):
+        return {
+            "label": "tumour" if index % 2 else "normal",
+            "size": "" if index == 3 else f"{10 + 3 * (index % 2) + index / 10:.2f}",
+            "months": str(40 - 10 * (index % 2) + index),
+            "dead": str(int(index % 3 > 0)),
+            "grade": str(1 + index % 3),
+            "braf": str(index % 2),
+            "kras": "" if index == 4 else str(index // 2 % 2),
+        }
+
+    rows = tuple(replace(row, labels=labels(int(row.patient_id[1:]))) for row in small.cohort.rows)
+    cohort = Cohort(rows, tuple(labels(0)))
+    inputs = small.into(f"task-{mil['label']}-{len(mil)}")
+    run_mil(small.study(controls=True, epochs=2, **mil), cohort, inputs)
+    content = metrics(inputs.mil_dir)
+    assert content["primary_metric"] == metric
+    for model in content["models"].values():
+        assert model[metric] is not None, model["notes"]
+    said = table(inputs.mil_dir / "predictions.csv")
+    assert all(row[column] for row in said for column in columns if row["used"] == "1")
+    assert len(said) == len(table(inputs.mil_dir / "patients.csv")) == 24
+    if "also" in mil:
+        assert content["also"]["size"]["models"]["pretrained encoder"]["n_patients"] == 23
+
+
+def test_levels_above_the_bags_are_judged_too(small):
+    rows = tuple(replace(row, specimen_id=f"{row.patient_id}-{row.slide_id[-1]}") for row in small.cohort.rows)
+    inputs = small.into("levels")
+    run_mil(small.study(level="slide", epochs=1), Cohort(rows, ("label",)), inputs)
+    levels = metrics(inputs.mil_dir)["models"]["pretrained encoder"]["levels"]
+    assert {name: level["n_bags"] for name, level in levels.items()} == {"patient": 24, "specimen": 48}
+    assert len(table(inputs.mil_dir / "predictions.csv")) == 48
+    assert len(table(inputs.mil_dir / "patients.csv")) == 24
+
+
+def test_permutations_fractions_and_search_are_recorded(small):
+    inputs = small.into("extras")
+    numbers = {"permutations": 20, "label_fractions": [0.5], "subgroups": ["site"]}
+    rows = tuple(replace(row, site="ab"[int(row.patient_id[1:]) // 2 % 2]) for row in small.cohort.rows)
+    study = small.study(epochs=1, numbers=numbers, search={"lr": [1e-3, 1e-2]}, search_folds=2)
+    run_mil(study, Cohort(rows, ("label",)), inputs)
+    content = metrics(inputs.mil_dir)
+    assert len(content["permutations"]["values"]) == 20
+    assert [row["fraction"] for row in content["label_fractions"]] == [0.5, 1.0]
+    assert content["label_fractions"][0]["n_patients"] < content["label_fractions"][1]["n_patients"]
+    assert [(row["column"], row["value"], row["n_patients"]) for row in content["subgroups"]] == [
+        ("site", "a", 12),
+        ("site", "b", 12),
+    ]
+    assert [set(row["chosen"]) for row in content["search"]] == [{"lr"}] * 3
+    assert not (inputs.mil_dir / "search").exists()
+
+
+@pytest.mark.long
+def test_the_hash_seed_of_python_changes_nothing(tmp_path):
+    digests = []
+    for seed in ("1", "2"):
+        code = CRASH.format(tests=str(Path(__file__).parents[2]), base=str(tmp_path / seed))
+        path = os.pathsep.join(sys.path)
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed}, check=True)
+        digests.append(content_digest(tmp_path / seed / "mil"))
+    assert digests[0] == digests[1]
 
 
 CRASH = """
@@ -297,27 +393,34 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path, point):
     killed = planted(tmp_path / "again", patients=12, slides_each=1, stores=False)
     folder = tmp_path / "killed" / "mil"
     assert not (folder / "metrics.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("member-*.json")}
+    # Members of a fold are trained together: those of a fold that was not finished are made again.
+    whole_folds = [fold for fold in folder.rglob("fold-*") if len(list(fold.glob("member-*.json"))) == 2]
+    kept = {path: path.stat().st_mtime_ns for fold in whole_folds for path in fold.glob("member-*.json")}
     run_mil(killed.study(controls=True, ensemble=2, epochs=2), killed.cohort, replace(killed.inputs, mil_dir=folder))
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     assert content_digest(folder) == content_digest(whole.inputs.mil_dir)
 
 
-def test_shuffled_labels_keep_every_fold_balanced_and_stay_with_patients():
+def test_dealt_labels_keep_every_fold_balanced_and_stay_with_patients():
     stratum = {f"p{index}": "ab"[index % 2] for index in range(20)}
     parts = [[f"p{index}" for index in range(start, start + 5)] for start in range(0, 20, 5)]
-    shuffled = shuffled_labels(stratum, parts, 0)
-    assert shuffled != stratum
+    dealt = dealt_patients(stratum, parts, 0)
+    assert any(stratum[source] != stratum[patient] for patient, source in dealt.items())
     for part in parts:
-        assert sorted(shuffled[patient] for patient in part) == sorted(stratum[patient] for patient in part)
-    assert shuffled == shuffled_labels(stratum, [part[::-1] for part in parts], 0)
+        assert sorted(dealt[patient] for patient in part) == sorted(part)
+    assert dealt == dealt_patients(stratum, [part[::-1] for part in parts], 0)
 
 
 def test_colour_tile_scores_average_to_the_decision_on_the_bag():
     rng = np.random.default_rng(0)
     bags = [rng.random((5, 4)) + index % 2 for index in range(8)]
     folds = [FoldPlaces((0, 1), (2, 3), (4, 5, 6, 7)), FoldPlaces((4, 5), (6, 7), (0, 1, 2, 3))]
-    for positive in (0, 1):
-        found = colour_baseline(bags, [0, 1] * 4, folds, positive)
-        for place, score in enumerate(found.tile_score):
-            assert 1 / (1 + np.exp(-score.mean())) == pytest.approx(found.probability_BC[place, positive])
+    rows = [{"label": "ab"[index % 2]} for index in range(8)]
+    for positive in ("a", "b"):
+        tasks = make_tasks(MilSettings(positive=positive), rows)
+        target = tasks.encode(rows)
+        said, models = cross_fit(np.stack([bag.mean(axis=0) for bag in bags]), target, tasks, folds)
+        for place, bag in enumerate(bags):
+            model = models[0] if place >= 4 else models[1]
+            score = tile_score(model, bag, tasks).mean()
+            assert 1 / (1 + np.exp(-score)) == pytest.approx(said[place, tasks.main.positive])

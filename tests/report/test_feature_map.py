@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 
@@ -57,6 +58,12 @@ def test_points_are_of_unit_length_and_know_where_they_come_from(tmp_path):
     assert read_points(tmp_path, ["s0", "s1", "s2"], limit=4).sample_words == "4 of 18 tiles of 3 slides"
     with pytest.raises(StoreError, match="no slide has usable features"):
         read_points(tmp_path, ["absent"])
+
+
+def test_features_of_other_tools_are_read(tmp_path):
+    with h5py.File(tmp_path / "s0.h5", "w") as file:
+        file["features"], file["coords"] = features(0), np.arange(40).reshape(20, 2)
+    assert read_points(tmp_path, ["s0"]).sample_words == "all 20 tiles of 1 slide"
 
 
 def test_columns_that_tell_slides_apart():

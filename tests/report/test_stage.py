@@ -2,18 +2,22 @@ import base64
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pathfm.mil.heatmap import FOOT_PX
 from pathfm.report import gallery, stage
 from pathfm.report.stage import run_report
 from pathfm.store.commit import content_digest
 from pathfm.store.record import read_record
+from pathfm.store.tile_store import TileStore, open_tiles
 from pathfm.study import Study
 from tests.report.conftest import SLIDES, USED, MakeInputs, metrics
+from tests.report.mil_results import looks, settings_of, write_folder
 
 ADDRESSES = {"src", "href", "srcset", "poster", "action", "data", "background", "xlink:href"}
 
@@ -100,7 +104,14 @@ def test_second_run_keeps_the_page_until_something_changes(study: Study, make_in
 def test_failures_are_listed_and_the_flow_adds_up(study: Study, make_inputs: MakeInputs) -> None:
     inputs = make_inputs()
     _, page = page_of(study, inputs)
-    for words in ("broken.svs: cannot be decoded <b>", "no tissue was found", "no label", "3 slides of 9"):
+    for words in (
+        "broken.svs: cannot be decoded <b>",
+        "no tissue was found",
+        "no label",
+        "2 slides of 9",
+        "1 slide of 9 had no label",
+        "1 slide without label",
+    ):
         assert words in page.text
     summary = json.loads((inputs.report_dir / "summary.json").read_text(encoding="utf-8"))
     flow = summary["flow"]
@@ -115,7 +126,7 @@ def test_numbers_and_notes_are_on_the_page(study: Study, make_inputs: MakeInputs
         assert words in page.text
     assert "predicted probability of positive" in page.text and "whole patient" in page.text
     charts = [attrs["src"] or "" for attrs in page.all("img") if "svg+xml" in (attrs["src"] or "")]
-    assert len(charts) == 3
+    assert len(charts) == 4
     assert all(b"<svg" in base64.b64decode(chart.partition(",")[2]) for chart in charts)
 
 
@@ -126,6 +137,37 @@ def test_parts_that_are_absent_become_sentences(study: Study, make_inputs: MakeI
         assert words in page.text
     summary = json.loads((inputs.report_dir / "summary.json").read_text(encoding="utf-8"))
     assert summary["auroc"] is None and summary["n_slides"] == 6
+
+
+def test_features_that_cannot_be_read_do_not_cost_the_page(study: Study, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs()
+    inputs.features_dir.mkdir(parents=True)
+    for slide_id in ("n1", "p1"):
+        (inputs.features_dir / f"{slide_id}.h5").write_bytes(b"no")
+    _, page = page_of(study, inputs)
+    assert "There is no map of the features: no slide has usable features." in page.text
+
+
+def test_an_unnamed_study_is_called_by_its_folder_and_the_report_says_where_it_is(make_inputs: MakeInputs) -> None:
+    inputs = make_inputs()
+    shutil.rmtree(inputs.mil_dir / "heatmaps")
+    unnamed = Study.model_validate({"out": "some/trial-7", "mil": {"label": "diagnosis"}})
+    report = run_report(unnamed, inputs)
+    assert not report.did_nothing and report.note == f"page: {inputs.report_dir / 'index.html'}"
+    assert "<h1>trial-7</h1>" in (inputs.report_dir / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_strip_of_a_heatmap_is_cut_off_and_the_scale_bar_is_right(make_inputs: MakeInputs) -> None:
+    assert gallery.STRIP_PX == FOOT_PX
+    picture = np.zeros((50 + FOOT_PX, 100, 3), dtype=np.uint8)
+    assert gallery.without_strip(picture, 2.0).shape == (50, 100, 3) and gallery.without_strip(picture, 1.5) is picture
+    store = open_tiles(make_inputs().stores_dir / "n1.zarr")
+    store.mpp = None
+    assert gallery.scale_bar(store) is None
+    store.mpp = 0.5  # as wide as the picture of the slide, tiles of 16 px as they are
+    share, words = gallery.scale_bar(store) or (0.0, "")
+    width_um = store.thumbnail.shape[1] * store.thumbnail_downsample * 0.5
+    assert 0.1 <= share <= 0.25 and float(words.removesuffix(" µm")) == pytest.approx(share * width_um)
 
 
 def test_without_tile_truth_the_page_says_so(study: Study, make_inputs: MakeInputs) -> None:
@@ -140,6 +182,55 @@ def test_without_tile_truth_the_page_says_so(study: Study, make_inputs: MakeInpu
 def test_heatmaps_alternate_between_labels(study: Study, make_inputs: MakeInputs) -> None:
     report = run_report(study, make_inputs())
     assert [outcome.slide_id for outcome in report.outcomes] == ["n1", "n2 <script>alert(1)", "p1", "p2 \"&'"]
+
+
+def test_highest_lowest_and_class_tiles_are_shown(study: Study, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs()
+    listed = {"bottom_tiles.json": {"p1": [2]}, "class_tiles.json": {"p1": {"positive": {"top": [1], "bottom": [3]}}}}
+    for name, content in listed.items():
+        (inputs.mil_dir / name).write_text(json.dumps(content), encoding="utf-8")
+    shutil.copy(inputs.mil_dir / "heatmaps" / "p1.png", inputs.mil_dir / "heatmaps" / "p1.classes.png")
+    _, page = page_of(study, inputs)
+    for words in ("Tiles of highest attention", "Tiles of lowest attention", "Highest for positive", "map by map"):
+        assert words in page.text
+    alts = [attrs["alt"] for attrs in page.all("img")]
+    assert "Tile 2 of p1: tiles of lowest attention, place 1" in alts and "Tile 1 of p1: highest for positive, place 1" in alts
+
+
+def test_tiles_whose_pixels_stayed_in_the_slide_are_skipped_with_a_word(
+    study: Study, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_pixels(path: Path) -> TileStore:
+        store = open_tiles(path)
+        object.__setattr__(store, "has_pixels", False)
+        return store
+
+    monkeypatch.setattr(gallery, "open_tiles", without_pixels)
+    html, page = page_of(study, make_inputs())
+    assert "their pixels were left in the slide" in page.text and "Tiles of highest attention" not in html
+
+
+def test_signed_maps_have_their_own_words(study: Study, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs()
+    content = metrics() | {"looks": {"kind": "gradient x input", "deletion_insertion": {"p1": looks()}}}
+    (inputs.mil_dir / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+    html, page = page_of(study, inputs)
+    assert "Red tiles speak for the label" in page.text and "viridis" not in html
+    assert "Gradient x input says" in page.text and "Do these tiles decide?" in page.text
+
+
+def test_page_of_a_survival_study_has_its_labels_and_bundle(study: Study, make_inputs: MakeInputs) -> None:
+    inputs = make_inputs()
+    shutil.rmtree(inputs.mil_dir)
+    write_folder(inputs.mil_dir, "cox")
+    (inputs.mil_dir / "bundle").mkdir()
+    (inputs.mil_dir / "bundle" / "bundle.json").write_bytes(b"{}")
+    rows = tuple(replace(row, labels={"months": "7", "dead": "1"}) for row in inputs.cohort.rows)
+    survival = study.model_copy(update={"mil": settings_of("cox")})
+    _, page = page_of(survival, replace(inputs, cohort=replace(inputs.cohort, rows=rows)))
+    for words in ("C-index", "months=7 dead=1", "Kaplan-Meier", "44136fa355b3678a", "pathfm mil predict --bundle"):
+        assert words in page.text
+    assert "AUROC" not in page.text.replace("AUROC against", "") and "No tiles or regions are marked" in page.text
 
 
 def test_synthetic_coordinates_are_named(study: Study, make_inputs: MakeInputs, tmp_path: Path) -> None:

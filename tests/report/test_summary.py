@@ -8,7 +8,7 @@ import pytest
 
 from pathfm.errors import MissingExtraError, StoreError
 from pathfm.report.fates import flow, slide_fates, without_folders
-from pathfm.report.page import Scale
+from pathfm.report.mil_blocks import Scale
 from pathfm.report.results import Estimate, read_mil, to_number
 from pathfm.report.stage import run_report
 from pathfm.report.summary import key_numbers, summarise, warnings
@@ -32,7 +32,7 @@ def test_summary_keys_are_those_of_the_documentation(study: Study, make_inputs: 
         and summary["auroc_high"] == pytest.approx(0.99)
     )
     assert summary["localisation_auroc"] == 0.88 and summary["localisation_slides"] == 3
-    assert (summary["failed"], summary["empty"], summary["primary"]) == (1, 2, MODELS[0])
+    assert (summary["failed"], summary["empty"], summary["no_label"], summary["primary"]) == (1, 1, 1, MODELS[0])
     assert set(summary["controls"]) == set(MODELS[1:])
     assert summary["controls"]["colour histogram"]["auroc"] == 0.78
     assert summary["controls"]["colour histogram"]["localisation_auroc"] is None
@@ -42,7 +42,7 @@ def test_key_numbers_are_plain_lines(tmp_path: Path) -> None:
     write_mil(tmp_path / "mil")
     fates = slide_fates(cohort(tmp_path), records(tmp_path), "diagnosis")
     lines = key_numbers(summarise("x", "f", fates, read_mil(tmp_path / "mil")))
-    assert lines[0] == "6 slides of 6 patients used, 1 failed, 2 empty"
+    assert lines[0] == "6 slides of 6 patients used, 1 failed, 1 empty, 1 no label"
     assert lines[1] == "AUROC 0.91 (95 % interval 0.81 to 0.99), our encoder"
     assert lines[3] == "localisation AUROC 0.88 (95 % interval 0.80 to 0.94) on 3 slides"
     assert "control tile count: AUROC 0.55 (95 % interval 0.45 to 0.63)" in lines
@@ -96,7 +96,7 @@ def test_page_and_plots_say_transductive(study: Study, make_inputs: MakeInputs) 
     run_report(study, replace(inputs, mil_dir=transductive(inputs.out / "other")))
     html = (inputs.report_dir / "index.html").read_text()
     assert html.count("transductive: 50% of patients seen in pretraining") >= 6
-    assert html.count("Transductive: 50% of patients seen in pretraining.") == 2  # the two plots
+    assert html.count("Transductive: 50% of patients seen in pretraining.") == 3  # the plots
 
 
 def changed(folder: Path, name: str, value: float, low: float, high: float) -> Path:

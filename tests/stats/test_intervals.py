@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from pathfm.stats.intervals import auroc_interval, balanced_accuracy_interval, bootstrap_interval, delong_variance
+from benchmarks.interval_coverage import AUROCS, PATIENTS, auroc_coverage, bootstrap_coverage
+from pathfm.stats import intervals, metrics
+from pathfm.stats.intervals import (
+    auroc_interval,
+    bootstrap_draws,
+    bootstrap_interval,
+    delong_variance,
+    patients_of,
+    strata,
+)
 from pathfm.stats.localisation import UNKNOWN, ScoredSlide, localisation_auroc
 from pathfm.stats.metrics import auroc
 
@@ -22,14 +31,24 @@ def test_fast_delong_equals_the_plain_quadratic_one():
         assert delong_variance(score, positive) == pytest.approx(slow_delong(score, positive))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    positive = np.arange(60) < 25
-    truth, hits = 0.7602, 0  # of two unit normals one apart: Phi(1 / sqrt 2)
-    for _ in range(600):
-        interval = auroc_interval(rng.normal(size=60) + positive, positive)
-        hits += interval.low <= truth <= interval.high
-    assert 0.92 <= hits / 600 <= 0.98
+@pytest.mark.parametrize(("patients", "truth"), [(24, 0.95), (40, 0.8), (155, 0.6)])
+def test_the_auroc_interval_covers_the_truth_about_as_often_as_it_says(patients, truth):
+    assert 91 <= auroc_coverage(patients // 2, patients - patients // 2, truth, 700).held <= 99.5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("patients", PATIENTS)
+@pytest.mark.parametrize("truth", AUROCS)
+def test_coverage_of_the_auroc_interval_is_between_93_and_98_5_percent(patients, truth):
+    assert 93.0 <= auroc_coverage(patients // 2, patients - patients // 2, truth, 5000).held <= 98.5
+    assert 92.0 <= auroc_coverage(patients // 5, patients - patients // 5, truth, 5000).held <= 98.5  # one in five positive
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("patients", PATIENTS)
+def test_bootstrap_intervals_cover_the_truth_about_as_often_as_they_say(patients):
+    held = bootstrap_coverage(patients // 2, patients - patients // 2, 0.8, 300)
+    assert all(share >= 90.0 for share in held.values()), held
 
 
 def test_a_perfect_auroc_is_not_certain():
@@ -67,14 +86,76 @@ def test_bootstrap_resamples_patients_not_slides():
     assert by_patient.high - by_patient.low > 3 * (by_slide.high - by_slide.low)
 
 
-def test_bootstrap_is_seeded_and_does_not_depend_on_row_order_of_strata():
-    value = np.random.default_rng(4).normal(size=30)
-    names = [f"p{index:02d}" for index in range(30)]
+def test_bootstrap_is_seeded_and_does_not_depend_on_row_order():
+    rng = np.random.default_rng(4)
+    value, places = rng.normal(size=30), rng.permutation(30)
+    names, kinds = [f"p{index:02d}" for index in range(30)], ["x", "y"] * 15
 
-    def run(seed):
-        return bootstrap_interval(lambda index: float(value[index].mean()), names, ["x", "y"] * 15, 200, seed)
+    def run(seed, order=slice(None)):
+        chosen, stratum = np.array(names)[order].tolist(), np.array(kinds)[order].tolist()
+        return bootstrap_interval(lambda index: float(value[order][index].mean()), chosen, stratum, 200, seed)
 
     assert run(0) == run(0) != run(1)
+    assert run(0, places)[:3] == pytest.approx(run(0)[:3], rel=1e-12)
+
+
+def test_weights_are_counts_that_keep_every_stratum_and_do_not_depend_on_the_block(monkeypatch):
+    names = [f"p{index // 2}" for index in range(20)]
+    patients = patients_of(names, [0] * 12 + [1] * 8)
+    weight_RN = np.concatenate(list(patients.weights(300, 7)))
+    assert weight_RN.shape == (300, 20)
+    assert (weight_RN[:, :12].sum(axis=1) == 12).all() and (weight_RN[:, 12:].sum(axis=1) == 8).all()
+    assert (weight_RN[:, ::2] == weight_RN[:, 1::2]).all()  # both slides of a patient
+    assert weight_RN.mean(axis=0) == pytest.approx(np.ones(20), abs=0.25)
+    monkeypatch.setattr(intervals, "BLOCK", 100)
+    assert (np.concatenate(list(patients.weights(300, 7))) == weight_RN).all()
+
+
+def test_draws_of_weights_equal_draws_of_samples():
+    rng = np.random.default_rng(5)
+    score, positive = rng.integers(0, 5, 24).astype(float), np.arange(24) < 10
+    names, kinds = [f"p{index:02d}" for index in range(24)], positive.tolist()
+    draws = bootstrap_draws({"auroc": metrics.weighted_auroc(score, positive)}, patients_of(names, kinds), 50, 3)["auroc"]
+    plain = []
+    bootstrap_interval(lambda index: plain.append(auroc(score[index], positive[index])) or plain[-1], names, kinds, 50, 3)
+    assert draws == pytest.approx(np.array(plain[:50]))
+
+
+def test_a_patient_belongs_to_the_rarest_class_it_has():
+    assert strata([0, 0, 1, 0, 0], ["a", "a", "b", "b", "c"]) == [0, 0, 1, 1, 0]
+    assert strata([0, 0, 1, 0, 0][::-1], ["a", "a", "b", "b", "c"][::-1]) == [0, 1, 1, 0, 0]
+
+
+def test_intervals_are_withheld_with_the_reason():
+    few = intervals.percentile_interval(0.5, np.append(np.full(80, np.nan), np.linspace(0, 1, 20)), 9)
+    assert not few.known and few.method == "undefined in 80 of 100 resamples"
+    assert not intervals.percentile_interval(0.5, np.linspace(0, 1, 100), 1).known
+    assert intervals.logit_interval(1.0, np.linspace(0.9, 1, 100), 9).method == intervals.NO_SPREAD
+    assert intervals.percentile_interval(0.7, np.full(100, 0.7), 9).method == intervals.NO_SPREAD
+
+
+def test_small_samples_widen_intervals_and_large_ones_do_not():
+    assert intervals.expansion(5) > intervals.expansion(20) > intervals.expansion(10000) > 1.95
+    assert intervals.expansion(10000) == pytest.approx(1.96, abs=0.001)
+    draws = np.random.default_rng(6).normal(0.6, 0.05, 4000)
+    small, large = (intervals.percentile_interval(0.6, draws, count) for count in (5, 10000))
+    assert small.high - small.low > 1.3 * (large.high - large.low)
+    small, large = (intervals.logit_interval(0.6, draws, count) for count in (5, 10000))
+    assert small.high - small.low > 1.3 * (large.high - large.low)
+    assert (large.low, large.high) == pytest.approx((0.5, 0.7), abs=0.02)
+
+
+def test_the_error_of_calibration_is_never_said_to_be_surely_above_0_when_it_is_0():
+    rng = np.random.default_rng(7)
+    held = 0
+    for _ in range(150):
+        chance = rng.random(80)
+        right = rng.random(80) < chance
+        everyone = patients_of([f"p{index}" for index in range(80)], [0] * 80)
+        draws = bootstrap_draws({"": metrics.weighted_calibration_drift(chance, right)}, everyone, 200, 0)[""]
+        interval = intervals.distance_interval(metrics.calibration_error(chance, right), draws, 80)
+        held += interval.low == 0.0
+    assert held / 150 > 0.88
 
 
 def test_every_resample_keeps_the_number_of_patients_per_class():
@@ -84,16 +165,6 @@ def test_every_resample_keeps_the_number_of_patients_per_class():
         lambda index: seen.append(int(label[index].sum())) or 0.0, [f"p{i}" for i in range(12)], label.tolist(), 50, 0
     )
     assert set(seen) == {9}
-
-
-def test_all_right_is_not_certain_and_the_bootstrap_does_the_rest():
-    label = [0, 1] * 10
-    patients = [f"p{index}" for index in range(20)]
-    perfect = balanced_accuracy_interval(label, label, patients, 100, 0)
-    assert (perfect.value, perfect.high) == (1.0, 1.0)
-    assert perfect.low == pytest.approx(0.025 ** (1 / 20))
-    one_wrong = balanced_accuracy_interval([1, *label[1:]], label, patients, 500, 0)
-    assert one_wrong.low < one_wrong.value == 0.95 <= one_wrong.high
 
 
 def slide(name, patient, score, truth):

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pathfm.errors import SlideError
+from pathfm.store.interop.annotations import Annotations, Region, load_annotations
 from pathfm.study import TissueSettings
-from pathfm.tile.annotations import Annotations, Region, apply_annotations, load_annotations, unmatched_classes
+from pathfm.tile.annotations import apply_annotations, unmatched_classes
 
 SQUARE = [[10, 10], [50, 10], [50, 50], [10, 50], [10, 10]]
 HOLE = [[20, 20], [20, 40], [40, 40], [40, 20], [20, 20]]

@@ -1,0 +1,1 @@
+"""Bag -> slide vector: one small interface (``contract``), one file per idea."""
