@@ -71,8 +71,8 @@ class SlideFacts:
         row_hashes: [N] uint64 of each feature, rounded to float16 so that a copy in the other type has the same.
         sum_D: sum of the features, float64.
         square_D: sum of their squares, float64.
-        xy_level0: upper left corners of the tiles [N, 2] in level-0 pixels; None where a foreign file does not say.
-        kept: [N] rows of the file that are used: those whose pixels could be read.
+        corner_N2: see ``xy_level0``; int32 where they are whole numbers, since all slides' are held at the same time.
+        used_N: see ``kept``; None: all of them.
         file_rows: rows of the file.
         tile_side_level0: width and height of what a tile covers, in level-0 pixels; from the grid where nothing says it.
         encoder: what made the features; equal for features that may be mixed.
@@ -85,35 +85,53 @@ class SlideFacts:
     row_hashes: NDArray[np.uint64]
     sum_D: NDArray[np.float64]
     square_D: NDArray[np.float64]
-    xy_level0: NDArray[np.float64] | None
-    kept: NDArray[np.int64]
+    corner_N2: NDArray[np.int32] | NDArray[np.float64] | None
+    used_N: NDArray[np.int64] | None
     file_rows: int
     tile_side_level0: tuple[float, float]
     encoder: Mapping[str, str]
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return self.file_rows if self.used_N is None else len(self.used_N)
+
+    @property
+    def xy_level0(self) -> NDArray[np.float64] | None:
+        """Upper left corners of the tiles [N, 2] in level-0 pixels; None where a foreign file does not say."""
+        return None if self.corner_N2 is None else self.corner_N2.astype(np.float64)
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """Rows [N] of the file that are used: those whose pixels could be read."""
+        return np.arange(self.file_rows) if self.used_N is None else self.used_N
 
     @property
     def mean_D(self) -> NDArray[np.float64]:
         """Mean feature."""
         return self.sum_D / max(len(self), 1)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory for all this."""
+        values = (self.row_hashes, self.sum_D, self.square_D, self.corner_N2, self.used_N)
+        return sum(value.nbytes for value in values if value is not None)
+
 
 class FeatureCache:
     """Features by slide, checked when added, read any number of times; a context manager, whose end frees memory and scratch.
 
     Args:
-        budget_bytes: memory for features that stay; slides are kept in the order in which they are added, as far as they fit.
+        budget_bytes: memory for what stays: the facts of all slides, and features in the order in which slides are added, as
+            far as they fit.
         scratch: folder for contiguous copies; made when needed.
     """
 
     def __init__(self, budget_bytes: int, scratch: Path) -> None:
         self.budget_bytes, self.scratch = budget_bytes, scratch
         self.facts: dict[str, SlideFacts] = {}
-        self.pinned_bytes = self.bytes_read = self.bytes_from_disk = 0
+        self.facts_bytes = self.pinned_bytes = self.bytes_read = self.bytes_from_disk = 0
         self.repacked: list[str] = []
         self._pinned: dict[str, Features] = {}
+        self._sources: dict[str, tuple[Path, Callable[[Path], Foreign] | None]] = {}
         self._places: dict[str, FeaturePlace] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.Lock()
@@ -143,15 +161,18 @@ class FeatureCache:
         Raises:
             StoreError: absent, damaged, foreign, a value that is not finite, or no room for the contiguous copy.
         """
-        opened = _open_own(path) if read is None else _open_foreign(path, read(path))
+        opened = _open(path, read)
         used_ND = opened.features if opened.kept is None else opened.features[opened.kept]
         self._forget(slide_id)
-        if self.pinned_bytes + used_ND.nbytes <= self.budget_bytes:
+        facts = self.facts[slide_id] = _facts(slide_id, opened, used_ND)
+        self.facts_bytes += facts.nbytes
+        self._sources[slide_id] = (path, read)
+        if self.facts_bytes + self.pinned_bytes + used_ND.nbytes <= self.budget_bytes:
             self._pinned[slide_id] = np.ascontiguousarray(used_ND)
             self.pinned_bytes += used_ND.nbytes
         else:
             self._places[slide_id] = self._place(slide_id, path, opened.features)
-        facts = self.facts[slide_id] = _facts(slide_id, opened, used_ND)
+            self._make_room()
         return facts
 
     def read(self, slide_id: str) -> Features:
@@ -173,8 +194,17 @@ class FeatureCache:
         return values_ND
 
     def _forget(self, slide_id: str) -> None:
-        old_ND = self._pinned.pop(slide_id, None)
+        old_ND, facts = self._pinned.pop(slide_id, None), self.facts.pop(slide_id, None)
         self.pinned_bytes -= 0 if old_ND is None else old_ND.nbytes
+        self.facts_bytes -= 0 if facts is None else facts.nbytes
+
+    def _make_room(self) -> None:
+        """Facts come in with every slide, also when memory is full: then features that came last are read from disk again."""
+        while self._pinned and self.facts_bytes + self.pinned_bytes > self.budget_bytes:
+            slide_id, pinned_ND = self._pinned.popitem()
+            self.pinned_bytes -= pinned_ND.nbytes
+            path, read = self._sources[slide_id]
+            self._places[slide_id] = self._place(slide_id, path, _open(path, read).features)
 
     def _place(self, slide_id: str, path: Path, values_ND: Features) -> FeaturePlace:
         """Where the rows of a file are read from: from itself if they lie there in one piece as they are, else from a copy."""
@@ -216,6 +246,10 @@ class _Opened(NamedTuple):
     encoder: Mapping[str, str]
 
 
+def _open(path: Path, read: Callable[[Path], Foreign] | None) -> _Opened:
+    return _open_own(path) if read is None else _open_foreign(path, read(path))
+
+
 def _open_own(path: Path) -> _Opened:
     file = open_features(path)
     width = file.attrs.get("tile_side_level0")
@@ -232,8 +266,9 @@ def _open_foreign(path: Path, foreign: Foreign) -> _Opened:
 
 
 def _facts(slide_id: str, opened: _Opened, used_ND: Features) -> SlideFacts:
-    kept = np.arange(len(used_ND)) if opened.kept is None else opened.kept
-    xy_level0 = None if opened.xy_level0 is None else opened.xy_level0[kept]
+    xy_level0 = opened.xy_level0
+    if xy_level0 is not None and opened.kept is not None:
+        xy_level0 = xy_level0[opened.kept]
     digest = hashlib.sha256(np.ascontiguousarray(used_ND).data)
     digest.update(f"{used_ND.dtype}{used_ND.shape}".encode())
     sum_D, square_D = _sums(used_ND)
@@ -245,12 +280,21 @@ def _facts(slide_id: str, opened: _Opened, used_ND: Features) -> SlideFacts:
         _row_hashes(used_ND),
         sum_D,
         square_D,
-        xy_level0,
-        kept,
+        _compact(xy_level0),
+        opened.kept,
         len(opened.features),
         opened.side_level0 or _grid_steps(xy_level0),
         opened.encoder,
     )
+
+
+def _compact(xy_level0: NDArray[np.float64] | None) -> NDArray[np.int32] | NDArray[np.float64] | None:
+    """The same numbers, as int32 if they can be."""
+    if xy_level0 is None:
+        return None
+    with np.errstate(invalid="ignore"):
+        whole = xy_level0.astype(np.int32)
+    return whole if np.array_equal(whole, xy_level0) else xy_level0
 
 
 def _blocks(values_ND: Features) -> list[Features]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BLOCK_ROWS = (1024, 512, 256, 128, 64)
+BLOCK_ROWS = (1024, 256, 64)
 """Rows of a block: the largest of which three quarters are there, so that blocks are few and little is filled up."""
 
 

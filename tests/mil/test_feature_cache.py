@@ -76,7 +76,9 @@ def test_tiles_that_could_not_be_read_are_left_out(tmp_path, budget):
 
 def test_slides_are_kept_in_memory_until_the_budget_is_full(tmp_path):
     values = features()
-    with FeatureCache(2 * values.nbytes + 1, tmp_path) as cache:
+    with FeatureCache(0, tmp_path) as cache:
+        needed = cache.add("a", written(tmp_path / "a.h5", values)).nbytes
+    with FeatureCache(3 * needed + 2 * values.nbytes + 1, tmp_path) as cache:
         for name in "abc":
             cache.add(name, written(tmp_path / f"{name}.h5", values))
         assert cache.pinned_bytes == 2 * values.nbytes
@@ -85,6 +87,21 @@ def test_slides_are_kept_in_memory_until_the_budget_is_full(tmp_path):
         assert cache.bytes_from_disk == values.nbytes
         cache.add("a", tmp_path / "a.h5")
         assert cache.pinned_bytes == 2 * values.nbytes
+
+
+def test_what_is_known_of_slides_counts_too_and_features_make_room_for_it(tmp_path):
+    """Otherwise memory would grow with the cohort, whatever the budget."""
+    values = features()
+    with FeatureCache(10**6, tmp_path) as cache:
+        for name in "ab":
+            cache.add(name, written(tmp_path / f"{name}.h5", values))
+        cache.budget_bytes = 3 * cache.facts["a"].nbytes + values.nbytes + 1
+        cache.add("c", written(tmp_path / "c.h5", values))
+        assert cache.facts_bytes + cache.pinned_bytes <= cache.budget_bytes
+        assert cache.pinned_bytes == values.nbytes
+        for name in "abc":
+            np.testing.assert_array_equal(cache.read(name), values)
+        assert cache.bytes_from_disk == 2 * values.nbytes
 
 
 def test_row_chunked_files_are_copied_once_and_said_so(tmp_path, capsys):
