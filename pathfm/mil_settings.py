@@ -157,8 +157,8 @@ class MilSettings(TaskSettings):
     balance: Literal["weights", "sampling", "none"] = "weights"
     """Rare classes: weigh more in the loss, are drawn more often, or neither."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of training; auto: bf16 where the device computes it itself, on a CPU only if half of the bags have 200 tiles or
-    more (and max_bag_tiles allows as many). Finished networks are always asked in fp32."""
+    """Arithmetic of training; auto: bf16 where the device computes it itself, on a CPU only if half of the bags have 200 tiles
+    or more (and max_bag_tiles allows as many). Finished networks are always asked in fp32."""
     augment: AugmentSettings = AugmentSettings()
     """Augmentation of features."""
     numbers: NumberSettings = NumberSettings()
