@@ -18,7 +18,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "formats": ("imagecodecs",),
     "dicom": ("pydicom",),
     "remote": ("fsspec",),
-    "interop": ("pyarrow",),
+    "interop": ("pyarrow", "openpyxl"),
     "tensorboard": ("tensorboard",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "pipelines": ("snakemake",),

@@ -45,6 +45,7 @@ def test_a_table_that_comes_later_keeps_the_settings(trained):
     assert specs[0].startswith("64px-")
 
 
+@pytest.mark.long
 def test_predictions_use_the_training_settings_whatever_was_run_since(trained, tmp_path):
     slide = next((trained / "slides").glob("*.tiff"))
     assert run("mil", "predict", trained / "out", slide, "--out", tmp_path / "one")[0] == 0

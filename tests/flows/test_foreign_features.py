@@ -97,6 +97,7 @@ def clam_table(folder, slides):
     return write_csv(folder / "t.csv", ("case_id", "slide_id", "label"), rows)
 
 
+@pytest.mark.long
 def test_one_command_goes_from_a_table_and_features_to_a_report(slides, tmp_path):
     folder, table = write_layout("clam", tmp_path / "features", slides), clam_table(tmp_path, slides)
     small = [option for name, value in SMALL.items() for option in ("--set", f"mil.{name}={str(value).lower()}")]

@@ -153,6 +153,7 @@ def test_addresses_on_the_command_line(tmp_path, slides, server):
     assert (code, "1 kept" in out) == (0, True), err
 
 
+@pytest.mark.long
 def test_with_a_cache_any_kind_of_slide_is_downloaded_whole(tmp_path, slides, server):
     with (slides / "flat.tif").open("wb") as file:
         file.write((slides / "aperio.svs").read_bytes())

@@ -106,6 +106,7 @@ def test_the_encoder_folder_names_no_slide_and_no_patient(pretrained, cohort_tab
         assert row["slide_id"] not in text and row["patient_id"] not in text
 
 
+@pytest.mark.long
 def test_the_control_has_seen_what_its_first_weights_have_and_nothing_else(pretrained, newcomers, tmp_path):
     teacher, table = teacher_of(pretrained), newcomers.cohort.table
     continued = study_of(tmp_path / "init", table, f"pretrain.init=local-dir:{teacher}")
@@ -119,6 +120,7 @@ def test_the_control_has_seen_what_its_first_weights_have_and_nothing_else(pretr
     assert not (teacher_of(distilled).parent / "untrained" / MANIFEST).exists()
 
 
+@pytest.mark.long
 def test_held_out_patients_take_no_part_in_pretraining(pretrained, tmp_path, cohort_table):
     study = study_of(tmp_path / "exclude", cohort_table, "mil.seen_in_pretraining=exclude")
     shutil.copytree(pretrained.out / "tiles", study.out / "tiles")

@@ -152,6 +152,7 @@ def test_test_labels_have_no_say_in_training(tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.long
 def test_planted_signal_is_found_and_located_and_the_controls_are_not_fooled(tmp_path):
     study = planted(tmp_path, patients=100, slides_each=1, seed=3)
     run_mil(study.study(controls=True, folds=5, epochs=30, lr=3e-3), study.cohort, study.inputs)
@@ -379,7 +380,11 @@ run_mil(study.study(controls=True, ensemble=2, epochs=2), study.cohort, study.in
 """
 
 
-@pytest.mark.parametrize("point", ["mil.member.before_commit:4", "mil.stage.before_metrics", "store.commit.before_rename:6"])
+LONG = pytest.mark.long
+MORE_POINTS = ("mil.stage.before_metrics", "store.commit.before_rename:6", "store.commit.before_rename:40")
+
+
+@pytest.mark.parametrize("point", ["mil.member.before_commit:4", *(pytest.param(point, marks=LONG) for point in MORE_POINTS)])
 def test_killed_run_goes_on_and_ends_the_same(tmp_path, point):
     whole = planted(tmp_path / "whole", patients=12, slides_each=1, stores=False)
     run_mil(whole.study(controls=True, ensemble=2, epochs=2), whole.cohort, whole.inputs)

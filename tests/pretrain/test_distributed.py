@@ -49,6 +49,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_compute_what_one_computes(results, kind, name):
@@ -57,6 +58,7 @@ def test_two_processes_compute_what_one_computes(results, kind, name):
     assert not torch.equal(found["one"][name]["terms 0"], found["one"][name]["terms 2"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("saved", ["one", "ddp", "fsdp"])
 @pytest.mark.parametrize("resumed", ["one again", "fsdp"])
@@ -67,6 +69,7 @@ def test_checkpoints_pass_between_numbers_of_processes_and_strategies(results, r
         close({key: again[key] for key in again}, {key: whole[key] for key in again})
 
 
+@pytest.mark.long
 def test_accumulated_parts_compute_what_one_batch_computes(results):
     """With terms that do not look across the batch: softmax centring, no KoLeo, no KDE."""
     out, found = results

@@ -80,6 +80,7 @@ def crash(folder: Path, stores: list[Path], point: str) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
+@pytest.mark.long
 def test_a_run_killed_twice_ends_with_the_same_bits(tmp_path, stores):
     """Once in the middle of the steps (8, checkpoint at 5), once while the checkpoint of step 10 is being written."""
     run_pretrain(study(**RESUMED), stores, tmp_path / "whole", "print")
@@ -186,6 +187,7 @@ def test_a_roll_back_goes_on_from_the_last_healthy_checkpoint_with_half_the_rate
     assert all(math.isfinite(float(row["loss"])) for row in curve)
 
 
+@pytest.mark.long
 def test_a_scheduler_that_wants_its_machine_back_gets_it_with_everything_saved(tmp_path, stores):
     """Two signals at step 8, the second while saving; the same command goes on to the same bits."""
     run_pretrain(study(**RESUMED), stores, tmp_path / "whole", "print")

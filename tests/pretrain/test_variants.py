@@ -101,6 +101,7 @@ def test_a_start_that_does_not_fit_is_named(tmp_path, stores):
         )
 
 
+@pytest.mark.long
 def test_distillation_nears_the_features_of_its_teacher(tmp_path, stores):
     settings = study().pretrain.model_copy(update={"health": study().pretrain.health})
     changes = {"preset": "distill", "teacher": TEACHER, "steps": 30, "lr": 0.02, "warmup_steps": 5, "crops": {"global_px": 32}}
