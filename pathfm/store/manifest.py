@@ -251,9 +251,11 @@ def _looked_at(stores: Iterable[Path], tiles: int) -> Iterator[tuple[TileStore, 
 
 
 def _pictures(store: TileStore, most_tiles: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The thumbnail; of a folder of tiles, whose mosaic depends on the order of its files, some or all tiles."""
+    """The thumbnail; of a folder of tiles, whose mosaic depends on the order of its files, some or all tiles that are stored."""
     if not store.coords_synthetic:
         yield store.thumbnail
+        return
+    if not store.has_pixels:
         return
     chosen = np.linspace(0, len(store) - 1, min(most_tiles, len(store))).round().astype(int)
     yield from (store[int(index)] for index in chosen)

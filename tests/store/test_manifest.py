@@ -157,3 +157,15 @@ def test_a_damaged_manifest_is_named(seen, text):
     (folder / "bad.csv").write_text(text)
     with pytest.raises(StoreError, match="not a manifest of pretraining"):
         find_seen(folder / "bad.csv", stores, {})
+
+
+def test_a_folder_of_tiles_whose_pixels_are_not_stored_is_known_by_its_name(seen):
+    folder = seen[0]
+    stores = [
+        make(folder / "new", name, tiles_of(number, 40), tile_folder=True) for name, number in (("folder", 60), ("x", 50))
+    ]
+    for store in stores:
+        attrs = json.loads((store / "zarr.json").read_text())
+        attrs["attributes"]["pathfm"]["has_pixels"] = False
+        (store / "zarr.json").write_text(json.dumps(attrs))
+    assert reasons(folder / MANIFEST, stores) == {"folder": ["same slide id"]}
