@@ -251,7 +251,7 @@ def _looked_at(stores: Iterable[Path], tiles: int) -> Iterator[tuple[TileStore, 
 
 
 def _pictures(store: TileStore, most_tiles: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The thumbnail; of a folder of tiles, whose mosaic depends on the order of its files, some or all tiles that are stored."""
+    """The thumbnail; of a folder of tiles, whose mosaic depends on the order of its files, those tiles that are stored."""
     if not store.coords_synthetic:
         yield store.thumbnail
         return
