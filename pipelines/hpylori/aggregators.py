@@ -15,6 +15,7 @@ from pathfm.classification import inputs_of
 from pathfm.extraction import run_extraction
 from pathfm.log import say
 from pathfm.mil.aggregators.registry import AGGREGATORS
+from pathfm.mil.controls import COLOUR
 from pathfm.mil.stage import run_mil
 from pathfm.store.commit import commit_file, read_json
 from pathfm.workflow import begin, open_study
@@ -42,7 +43,8 @@ def main() -> None:
         folder = wanted.out / "aggregators" / name
         run_mil(study, run.cohort, replace(inputs, mil_dir=folder, main_name=name))
         metrics = read_json(folder / "metrics.json")
-        lines += [_row(model, found, metrics["looks"]["kind"]) for model, found in metrics["models"].items()]
+        kinds = {COLOUR: "decision on the tile"}
+        lines += [_row(model, found, kinds.get(model, metrics["looks"]["kind"])) for model, found in metrics["models"].items()]
         say(lines[-1])
     with commit_file(wanted.out / "aggregators" / "table.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
