@@ -57,13 +57,15 @@ def bootstrap_coverage(positives: int, negatives: int, truth: float, simulations
     whole = judge(TASK, prediction, label, [f"p{place}" for place in range(len(label))], numbers, 0)
     right = {name: whole[name]["value"] for name in METRICS} | {"ece": 0.0}
     numbers, patients = NumberSettings(bootstrap=RESAMPLES), [f"p{place}" for place in range(positives + negatives)]
-    held = dict.fromkeys(METRICS, 0)
+    held, told = dict.fromkeys(METRICS, 0), dict.fromkeys(METRICS, 0)
     for _ in range(simulations):
         prediction, label = _cohort(rng, positives, negatives, truth, positives / negatives)
         found = judge(TASK, prediction, label, patients, numbers, 0)
         for name in METRICS:
-            held[name] += found[name]["low"] - 1e-9 <= right[name] <= found[name]["high"] + 1e-9
-    return {name: 100 * count / simulations for name, count in held.items()}
+            if found[name]["low"] is not None:  # of few patients some numbers have no interval
+                told[name] += 1
+                held[name] += found[name]["low"] - 1e-9 <= right[name] <= found[name]["high"] + 1e-9
+    return {name: 100 * count / told[name] for name, count in held.items() if told[name]}
 
 
 def false_alarms(patients: int, truth: float, simulations: int, seed: int = 0) -> tuple[float, float]:
@@ -104,7 +106,7 @@ def run(options: Options) -> list[Table]:
         shares = (round(held.held, 1), round(held.above, 1), round(held.below, 1))
         auroc.rows.append((patients, positives, truth, *shares, round(held.width, 3)))
         found = bootstrap_coverage(positives, patients - positives, truth, some)
-        others.rows.append((patients, positives, truth, *(round(found[name], 1) for name in METRICS)))
+        others.rows.append((patients, positives, truth, *(round(found[name], 1) if name in found else "-" for name in METRICS)))
     for patients in PATIENTS:
         for truth in AUROCS:
             alarms.rows.append((patients, truth, *(round(each, 1) for each in false_alarms(patients, truth, some))))
