@@ -17,7 +17,8 @@ from pathfm.study import Study
 def test_colours_alone_tell_helicobacter_as_well_as_is_known(shared_data, tmp_path):
     data = shared_data / "hpylori"
     labels = {"table": str(data / "cohort.csv"), "tile_labels": str(data / "tile_labels.csv")}
-    study = Study.model_validate({"cohort": labels, "compute": {"device": "cpu"}, "mil": {"ensemble": 1, "split": {"leaks": "merge"}}})
+    mil = {"ensemble": 1, "split": {"leaks": "merge"}}  # two pairs of patients share tiles
+    study = Study.model_validate({"cohort": labels, "compute": {"device": "cpu"}, "mil": mil})
     cohort = load_cohort(study.cohort, tmp_path)
     for row in cohort.rows:
         files = sorted(row.path.glob("*.jpg"))
