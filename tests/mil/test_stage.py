@@ -14,10 +14,16 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from pathfm.errors import StoreError, UsageError
+from pathfm.mil.bundle import open_bundle
 from pathfm.mil.controls import cross_fit, dealt_patients, tile_score
 from pathfm.mil.ensemble import FoldPlaces, load_member
+from pathfm.mil.feature_cache import FeatureCache
+from pathfm.mil.inputs import Deploy
+from pathfm.mil.predict import Ensemble, predict
+from pathfm.mil.prediction_table import prediction_cells
 from pathfm.mil.stage import run_mil
 from pathfm.mil.tasks import make_tasks
 from pathfm.mil_settings import MilSettings
@@ -25,6 +31,7 @@ from pathfm.store.cohort import Cohort
 from pathfm.store.commit import content_digest
 from pathfm.store.feature_file import FeatureWriter, open_features, write_features
 from pathfm.store.record import Outcome
+from pathfm.study import ExtractSettings, TileSettings
 
 from .conftest import planted
 
@@ -318,7 +325,8 @@ def test_every_kind_of_task_goes_through_the_stage(small, mil, columns, metric):
 
     rows = tuple(replace(row, labels=labels(int(row.patient_id[1:]))) for row in small.cohort.rows)
     cohort = Cohort(rows, tuple(labels(0)))
-    inputs = small.into(f"task-{mil['label']}-{len(mil)}")
+    deploy = Deploy(TileSettings(), ExtractSettings(encoder="timm:resnet10t.c3_in1k"), None)
+    inputs = replace(small.into(f"task-{mil['label']}-{len(mil)}"), deploy=deploy)
     run_mil(small.study(controls=True, epochs=2, **mil), cohort, inputs)
     content = metrics(inputs.mil_dir)
     assert content["primary_metric"] == metric
@@ -327,6 +335,16 @@ def test_every_kind_of_task_goes_through_the_stage(small, mil, columns, metric):
     said = table(inputs.mil_dir / "predictions.csv")
     assert all(row[column] for row in said for column in columns if row["used"] == "1")
     assert len(said) == len(table(inputs.mil_dir / "patients.csv")) == 24
+    ensemble = Ensemble(open_bundle(inputs.mil_dir / "bundle"), torch.device("cpu"))
+    paths = {row.slide_id: inputs.feature_file("main", row.slide_id) for row in rows[:3]}
+    new = Cohort(tuple(replace(row, labels={}) for row in rows[:3]), ())
+    with FeatureCache(0, small.base / "scratch") as cache:
+        answers = predict(ensemble, paths, new, {row.slide_id: row.patient_id for row in rows}, cache)
+    assert not answers.failed
+    for verdict in answers.slides.values():
+        cells = prediction_cells(ensemble, verdict)
+        assert all(np.isfinite(float(cells[column])) for column in columns)
+        assert cells["decision"] or ensemble.tasks.main.kind not in {"binary", "multiclass", "ordinal"}
     if "also" in mil:
         assert content["also"]["size"]["models"]["pretrained encoder"]["n_patients"] == 23
 
