@@ -11,11 +11,13 @@ from pathfm.compute import use_threads
 from pathfm.config import fingerprint
 from pathfm.errors import StoreError, UsageError
 from pathfm.faults import crash_point
+from pathfm.mil.aggregators.pretrained import Pretrained
 from pathfm.mil.ensemble import VERSION
 from pathfm.mil.feature_cache import FeatureCache
 from pathfm.mil.inputs import MilInputs
 from pathfm.mil.locking import is_locked, lock
 from pathfm.mil.models import Judged, Models
+from pathfm.mil.network import build_network, spec_of
 from pathfm.mil.outputs import Looker, write_patients, write_predictions, write_table
 from pathfm.mil.plan import Plan, make_plan
 from pathfm.mil.results import Results, gather_results
@@ -24,6 +26,7 @@ from pathfm.mil.seen import HEADER, check_refusal
 from pathfm.stats.metrics import roc_curve
 from pathfm.store.cohort import Cohort
 from pathfm.store.commit import partial, read_json, sweep, write_json
+from pathfm.store.feature_file import read_feature_attrs
 from pathfm.store.record import Outcome, StageReport, write_record
 from pathfm.study import Study
 
@@ -54,6 +57,7 @@ def run_mil(study: Study, cohort: Cohort, inputs: MilInputs) -> StageReport:
         plan = make_plan(study, cohort, inputs, cache)
         _check_seen(plan, inputs)
         _check_controls(plan, inputs)
+        _check_aggregator(plan, inputs)
         wanted = fingerprint(VERSION, inputs.fingerprint, inputs.main_name, plan.fingerprint)
         if _is_current(inputs, wanted):
             return _report(plan, "kept")
@@ -94,6 +98,14 @@ def _check_controls(plan: Plan, inputs: MilInputs) -> None:
             path = inputs.feature_file(role, slide_id)
             if not path.is_file():
                 raise StoreError("a control has no features of this slide", where=str(path), fix="run `pathfm extract` again")
+
+
+def _check_aggregator(plan: Plan, inputs: MilInputs) -> None:
+    """It must exist, and a pretrained slide encoder must be given the features that it was trained on."""
+    aggregator = build_network(spec_of(plan.settings, plan.bags.dim, plan.tasks.outputs)).aggregator
+    if isinstance(aggregator, Pretrained) and plan.settings.features is None:
+        path = inputs.feature_file("main", plan.units[0].slide_ids[0])
+        aggregator.check_features(read_feature_attrs(path) or {}, plan.bags.dim)
 
 
 def wanted_controls(plan: Plan, inputs: MilInputs) -> tuple[str, ...]:

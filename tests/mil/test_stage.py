@@ -27,6 +27,8 @@ from pathfm.mil.prediction_table import prediction_cells
 from pathfm.mil.stage import run_mil
 from pathfm.mil.tasks import make_tasks
 from pathfm.mil_settings import MilSettings
+from pathfm.models.cards import EncoderCard
+from pathfm.models.slide_encoders import SlideEncoder, mean_vector
 from pathfm.store.cohort import Cohort
 from pathfm.store.commit import content_digest
 from pathfm.store.feature_file import FeatureWriter, open_features, write_features
@@ -347,6 +349,19 @@ def test_every_kind_of_task_goes_through_the_stage(small, mil, columns, metric):
         assert cells["decision"] or ensemble.tasks.main.kind not in {"binary", "multiclass", "ordinal"}
     if "also" in mil:
         assert content["also"]["size"]["models"]["pretrained encoder"]["n_patients"] == 23
+
+
+def test_a_slide_encoder_refuses_features_it_was_not_trained_on(small, monkeypatch):
+    card = EncoderCard.__new__(EncoderCard)
+    facts = {"name": "conchv1_5", "hub_id": "MahmoodLab/conchv1_5", "dim": 8, "tile_px": 512, "resize_px": 448, "mpp": (0.5,)}
+    for name, value in facts.items():
+        object.__setattr__(card, name, value)
+    stand_in = SlideEncoder("titan", "titan 1", mean_vector, 8, card)
+    monkeypatch.setattr("pathfm.mil.aggregators.pretrained.load_slide_encoder", lambda name, device: stand_in)
+    inputs = small.into("titan")
+    with pytest.raises(UsageError, match=r"titan was trained on features of conchv1_5, these are of main"):
+        run_mil(small.study(aggregator="titan"), small.cohort, inputs)
+    assert not (inputs.mil_dir / "models").exists()
 
 
 def test_levels_above_the_bags_are_judged_too(small):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from torch.nn.functional import layer_norm
 from pathfm.errors import SlideError, UsageError
 from pathfm.mil.aggregators.contract import Aggregator, Packed, Pooled
 from pathfm.mil.aggregators.segments import by_bag
-from pathfm.models.slide_encoders import SlideEncoder, load_slide_encoder
+from pathfm.models.slide_encoders import SlideEncoder, check_features, load_slide_encoder
 
 
 class Pretrained(Aggregator):
@@ -49,6 +52,17 @@ class Pretrained(Aggregator):
     def identity(self) -> str:
         """Changes whenever the vectors of the same features do."""
         return self._loaded["cpu"].identity
+
+    def check_features(self, attrs: Mapping[str, Any], dim: int) -> None:
+        """Whether features are those that the slide encoder was trained on, by the attributes of their file.
+
+        Raises:
+            UsageError: features of another tile encoder, pooling, or size of tiles.
+        """
+        try:
+            check_features(self._loaded["cpu"], dict(attrs), dim)
+        except SlideError as error:
+            raise UsageError(error.what, where="mil.aggregator", fix=error.fix) from None
 
     def forward(self, packed: Packed) -> Pooled:
         """See ``Aggregator``."""
