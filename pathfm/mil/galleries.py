@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 
 from pathfm.errors import StoreError
 from pathfm.geometry import Mpp
-from pathfm.mil.heatmap import GREY, SlideHeat, tile_colours
+from pathfm.mil.explain import Explained
+from pathfm.mil.feature_cache import SlideFacts
+from pathfm.mil.heatmap import (
+    GREY,
+    Canvas,
+    SlideHeat,
+    all_tiles,
+    draw_class_maps,
+    draw_heatmap,
+    tile_colours,
+    write_heatmap,
+)
 from pathfm.slides.heat_layer import heat_grid, paint_tiles, write_heat_layer
 from pathfm.stats.localisation import UNKNOWN
 from pathfm.store.commit import commit_file
@@ -120,13 +131,34 @@ def tile_features(heat: SlideHeat, scores: Mapping[str, Floats] | None = None) -
     return heat_geojson(heat.slide_id, heat.xy_level0, heat.sides_level0, looks)
 
 
-def write_qupath(path: Path, heat: SlideHeat, store: TileStore, scores: Mapping[str, Floats] | None = None) -> None:
+def heat_of(facts: SlideFacts, store: TileStore | None, explained: Explained) -> SlideHeat:
+    """What was made of the tiles of one slide, as all tiles of its store; without a store, those whose features there are."""
+    xy, value_NC, logit_NC = facts.xy_level0, explained.value_NC, explained.logit_NC
+    places = np.zeros((len(facts), 2), dtype=np.int64) if xy is None else xy.astype(np.int64)
+    sides = facts.tile_side_level0
+    if store is not None:
+        places, sides = store.xy_level0, store.tile_sides_level0
+        value_NC = all_tiles(value_NC, facts.kept, len(store))
+        logit_NC = None if logit_NC is None else all_tiles(logit_NC, facts.kept, len(store))
+    about = (explained.names, explained.kind, logit_NC, explained.main)
+    return SlideHeat(facts.slide_id, places, sides, value_NC, *about)
+
+
+def write_pictures(folder: Path, heat: SlideHeat, canvas: Canvas) -> None:
+    """Writes ``<slide_id>.png`` and, of several maps, ``<slide_id>.classes.png``."""
+    write_heatmap(folder / f"{heat.slide_id}.png", draw_heatmap(canvas, heat))
+    if len(heat.names) > 1:
+        write_heatmap(folder / f"{heat.slide_id}.classes.png", draw_class_maps(canvas, heat))
+
+
+def write_qupath(path: Path, heat: SlideHeat, store: TileStore | None, scores: Mapping[str, Floats] | None = None) -> None:
     """Writes the tiles of a slide as GeoJSON for QuPath (see ``tile_features``), whole or not at all.
 
     Raises:
         StoreError: the tiles have no coordinates on a slide.
     """
-    _check_places(store)
+    if store is not None:
+        _check_places(store)
     with commit_file(path) as temporary:
         write_geojson(temporary, tile_features(heat, scores))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,6 @@ from pathfm.store.cohort import Cohort, SlideRow
 from pathfm.store.record import Outcome
 from pathfm.store.tile_store import TileStore, open_tiles
 from pathfm.study import ExtractSettings, Study, TileSettings
-
-FindFeatures = Callable[[Path, str], Path | None]
-"""The feature file of a slide in a folder, if there is one."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 
 from pathfm.compute import pick_device
 from pathfm.mil.ensemble import Mean, Member
-from pathfm.mil.explain import Explained, asked_again, deletion_insertion, tile_scores
-from pathfm.mil.galleries import galleries, tile_features, tile_table, write_layer
-from pathfm.mil.heatmap import Canvas, SlideHeat, all_tiles, draw_class_maps, draw_heatmap, write_heatmap
+from pathfm.mil.explain import asked_again, deletion_insertion, tile_scores
+from pathfm.mil.galleries import galleries, heat_of, tile_table, write_layer, write_pictures, write_qupath
+from pathfm.mil.heatmap import Canvas, SlideHeat
 from pathfm.mil.plan import Plan
 from pathfm.mil.roster import unit_name
 from pathfm.mil.truth import read_mask
@@ -28,7 +29,6 @@ from pathfm.stats.localisation import Localised, ScoredSlide, localise
 from pathfm.stats.seeds import derive_seed
 from pathfm.store.cohort import SlideRow
 from pathfm.store.commit import commit_dir, commit_file, write_json
-from pathfm.store.interop.geojson import write_geojson
 from pathfm.store.tile_store import TileStore
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TileScores:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.person_of = plan, plan.person_of
         self.slides: list[ScoredSlide] = []
 
     def wants(self, place: int) -> bool:
@@ -64,7 +64,7 @@ class TileScores:
         """Keeps the scores of a bag's slides that have truth."""
         if not self.wants(place):
             return
-        patient, truth = self.plan.person_of[self.plan.units[place].patient_id], self.plan.gathered.truth
+        patient, truth = self.person_of[self.plan.units[place].patient_id], self.plan.gathered.truth
         for slide_id, part_N in self.plan.bags.split(place, score_N).items():
             if slide_id in truth:
                 self.slides.append(ScoredSlide(slide_id, patient, part_N, truth[slide_id]))
@@ -117,7 +117,8 @@ class Looker:
         values = self.plan.bags.split(place, explained.value_NC)
         logits = self.plan.bags.split(place, explained.logit_NC) if explained.logit_NC is not None else {}
         for slide_id, value_NC in values.items():
-            heat = self._heat(slide_id, value_NC, logits.get(slide_id), explained)
+            part = replace(explained, value_NC=value_NC, logit_NC=logits.get(slide_id))
+            heat = heat_of(self.plan.gathered.slides[slide_id], self.plan.gathered.stores.get(slide_id), part)
             self._write_table(heat)
             self._draw(heat)
         unit = self.plan.units[place]
@@ -127,16 +128,6 @@ class Looker:
             seed = derive_seed("deletion", self.plan.settings.seed, unit.unit_id)
             name = unit.unit_id if unit.unit_id == unit.patient_id else f"{unit.patient_id}/{unit.unit_id}"
             self.curves[name] = deletion_insertion(again, score_N, seed, CURVE_STEPS, repeats=2).record()
-
-    def _heat(self, slide_id: str, value_NC: Floats, logit_NC: Floats | None, explained: Explained) -> SlideHeat:
-        facts, store = self.plan.gathered.slides[slide_id], self.plan.gathered.stores.get(slide_id)
-        sides = store.tile_sides_level0 if store else facts.tile_side_level0
-        xy = (np.zeros((len(facts), 2)) if facts.xy_level0 is None else facts.xy_level0).astype(np.int64)
-        if store is not None:
-            xy, value_NC = store.xy_level0, all_tiles(value_NC, facts.kept, len(store))
-            logit_NC = None if logit_NC is None else all_tiles(logit_NC, facts.kept, len(store))
-        names, kind, main = explained.names, explained.kind, explained.main
-        return SlideHeat(slide_id, xy, sides, value_NC, names=names, kind=kind, logit_NC=logit_NC, main=main)
 
     def _write_table(self, heat: SlideHeat) -> None:
         store = self.plan.gathered.stores.get(heat.slide_id)
@@ -150,21 +141,18 @@ class Looker:
 
     def _draw(self, heat: SlideHeat) -> None:
         store, is_shown = self.plan.gathered.stores.get(heat.slide_id), heat.slide_id in self._shown
+        has_places = self.plan.gathered.slides[heat.slide_id].xy_level0 is not None
+        if store is not None:
+            has_places = not store.coords_synthetic
         if is_shown:
             self._heats.append(heat)
-        if store is None:
-            # Without the slide there is no picture to draw on, but QuPath has the slide.
-            if is_shown and self.plan.gathered.slides[heat.slide_id].xy_level0 is not None:
-                write_geojson(self._folders["geojson"] / f"{heat.slide_id}.geojson", tile_features(heat))
-            return
-        if is_shown:
+        if is_shown and has_places:
+            # Also without a tile store: there is no picture to draw on, but QuPath has the slide.
+            write_qupath(self._folders["geojson"] / f"{heat.slide_id}.geojson", heat, store)
+        if is_shown and store is not None:
             canvas = canvas_of(store, self._rows[heat.slide_id], heat.slide_id in self.plan.gathered.truth)
-            write_heatmap(self._folders["heatmaps"] / f"{heat.slide_id}.png", draw_heatmap(canvas, heat))
-            if len(heat.names) > 1:
-                write_heatmap(self._folders["heatmaps"] / f"{heat.slide_id}.classes.png", draw_class_maps(canvas, heat))
-            if not store.coords_synthetic:
-                write_geojson(self._folders["geojson"] / f"{heat.slide_id}.geojson", tile_features(heat))
-        if "layers" in self._folders and not store.coords_synthetic:
+            write_pictures(self._folders["heatmaps"], heat, canvas)
+        if "layers" in self._folders and store is not None and has_places:
             write_layer(self._folders["layers"] / f"{heat.slide_id}.ome.tif", heat, store)
 
 

@@ -8,12 +8,9 @@ from pathlib import Path
 from pathfm.errors import StoreError
 from pathfm.mil.explain import Explained
 from pathfm.mil.feature_cache import SlideFacts
-from pathfm.mil.galleries import tile_features, tile_table, write_layer
-from pathfm.mil.heatmap import SlideHeat, all_tiles, draw_class_maps, draw_heatmap, write_heatmap
+from pathfm.mil.galleries import heat_of, tile_table, write_layer, write_pictures, write_qupath
 from pathfm.mil.outputs import canvas_of, write_table
 from pathfm.store.cohort import Cohort
-from pathfm.store.commit import commit_file
-from pathfm.store.interop.geojson import write_geojson
 from pathfm.store.tile_store import open_tiles
 
 FOLDERS = ("attention", "heatmaps", "geojson", "layers")
@@ -44,20 +41,12 @@ class Pictures:
         store = open_tiles(self.stores_dir / f"{slide_id}.zarr")
         if facts.file_rows != len(store):
             raise StoreError("tiles and features do not belong together", where=str(store.path), fix="run it again")
-        logit_NC = None if explained.logit_NC is None else all_tiles(explained.logit_NC, facts.kept, len(store))
-        value_NC = all_tiles(explained.value_NC, facts.kept, len(store))
-        heat = SlideHeat(
-            slide_id, store.xy_level0, store.tile_sides_level0, value_NC, explained.names, explained.kind, logit_NC
-        )
+        heat = heat_of(facts, store, explained)
         write_table(self._file("attention", slide_id, "csv"), *tile_table(heat, store.source_names))
-        canvas = canvas_of(store, self.rows[slide_id], has_truth=False)
-        write_heatmap(self._file("heatmaps", slide_id, "png"), draw_heatmap(canvas, heat))
-        if len(heat.names) > 1:
-            write_heatmap(self._file("heatmaps", slide_id, "classes.png"), draw_class_maps(canvas, heat))
+        write_pictures(self.out / "heatmaps", heat, canvas_of(store, self.rows[slide_id], has_truth=False))
         if store.coords_synthetic:
             return
-        with commit_file(self._file("geojson", slide_id, "geojson")) as temporary:
-            write_geojson(temporary, tile_features(heat))
+        write_qupath(self._file("geojson", slide_id, "geojson"), heat, store)
         if self.layers:
             write_layer(self._file("layers", slide_id, "ome.tif"), heat, store)
 

@@ -260,6 +260,7 @@ class Results:
             notes.append("no pictures of slides: there are no tile stores to draw on")
         if plan.settings.controls:
             given = {model.name for model in self.rivals}
+            given |= {name for name in (COLOUR, UNTRAINED) if any(f"control {name!r}" in note for note in notes)}
             missing = [name for name in (COLOUR, UNTRAINED) if name not in given]
             notes += [f"control {name!r} was not run: there are no features for it" for name in missing]
             notes.append("shuffled labels: dealt out anew once, within the test parts of the folds, unrelated to the true ones")

@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pathfm.compute import use_threads
 from pathfm.config import fingerprint
 from pathfm.errors import StoreError, UsageError
 from pathfm.faults import crash_point
 from pathfm.mil.aggregators.pretrained import Pretrained
+from pathfm.mil.controls import COLOUR, UNTRAINED
 from pathfm.mil.ensemble import VERSION
 from pathfm.mil.feature_cache import FeatureCache
 from pathfm.mil.inputs import MilInputs
@@ -38,6 +41,7 @@ TABLES = ("metrics.json", "splits.json", "predictions.csv", "patients.csv", "cur
 OUTPUTS = (*TABLES, "top_tiles.json", "bottom_tiles.json", "attention", "heatmaps", "geojson")
 STATUS = {"no file": "failed", "failed": "failed", "empty": "empty", "no label": "empty"}
 """The outcome of a slide that takes no part, by the kind of its absence."""
+NAMES = {"colour": COLOUR, "untrained": UNTRAINED}
 GB = 1_000_000_000
 
 
@@ -171,7 +175,7 @@ def _controls(models: Models, plan: Plan, inputs: MilInputs) -> list[Judged]:
                 found.append(train[role](cache))
         except StoreError as error:
             # One bad file of a control is no reason to throw away everything else; the page says that it is missing.
-            plan.gathered.notes.append(f"control {role} was not run: {error.what}")
+            plan.gathered.notes.append(f"control {NAMES[role]!r} was not run: {error.what}")
     return found
 
 
@@ -195,7 +199,7 @@ def roc_rows(plan: Plan, model: Judged) -> list[tuple[str, float, float]]:
         return []
     parts = plan.tasks.slice_of(task)
     truth_B = model.target_BT[:, parts.targets][:, 0]
-    known = truth_B == truth_B
+    known = np.isfinite(truth_B)
     positive_B = truth_B[known] == task.positive
     if positive_B.all() or not positive_B.any():
         return []

@@ -1,9 +1,8 @@
-"""Times to an event, some of them censored: curves, hazards and how well risks order patients. Pure functions of arrays.
+"""Times to an event, some of them censored: curves and hazards. Pure functions of arrays.
 
 Legend: N patients, T distinct event times.
 
-Sources: Kaplan and Meier 1958; Breslow 1974; Harrell et al. 1982; Uno et al. 2007 (cumulative/dynamic AUC, weighted by the
-inverse probability of censoring).
+Sources: Kaplan and Meier 1958; Breslow 1974.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-PAIRS = 4_000_000
-"""Pairs compared at a time: bounds memory, has no part in the result."""
 
 
 class Curve(NamedTuple):
@@ -59,50 +56,6 @@ def breslow(log_risk_N: ArrayLike, time_N: ArrayLike, event_N: ArrayLike) -> Cur
     sums = np.cumsum(np.exp(log_risk[order] - top)[::-1])[::-1]
     risk_T = sums[np.searchsorted(time[order], event_T)]
     return Curve(event_T, np.cumsum(_count(time[event], event_T) / risk_T * np.exp(-top)), 0.0)
-
-
-def concordance_index(risk_N: ArrayLike, time_N: ArrayLike, event_N: ArrayLike) -> float:
-    """Harrell's C: the chance that of two patients whose order is known the one with the earlier event has the higher risk.
-
-    The order is known where one has an event and the other is followed longer, or is censored at the same time. Equal risks
-    count one half; two events at the same time have no order.
-
-    Raises:
-        ValueError: there is no such pair (C is undefined), a risk is not finite, or a time is negative.
-    """
-    time, event = _checked(time_N, event_N)
-    risk = _finite(risk_N)
-    first = np.flatnonzero(event)
-    right, pairs = 0.0, 0
-    step = max(1, PAIRS // max(1, len(time)))
-    for start in range(0, len(first), step):
-        i = first[start : start + step, None]
-        comparable = (time[i] < time) | ((time[i] == time) & ~event)
-        right += float(((risk[i] > risk) & comparable).sum() + 0.5 * ((risk[i] == risk) & comparable).sum())
-        pairs += int(comparable.sum())
-    if not pairs:
-        raise ValueError("the C-index needs an event with somebody who was followed longer")
-    return right / pairs
-
-
-def time_dependent_auc(risk_N: ArrayLike, time_N: ArrayLike, event_N: ArrayLike, horizon: float) -> float:
-    """Chance that a patient with an event until ``horizon`` has a higher risk than one without (cumulative/dynamic AUC).
-
-    Who is censored before takes no part; those with an event stand in for them by the inverse of the chance of having been
-    followed until then (IPCW). Equal risks count one half.
-
-    Raises:
-        ValueError: nobody has an event until then, or nobody is followed beyond (the area is undefined).
-    """
-    time, event = _checked(time_N, event_N)
-    risk = _finite(risk_N)
-    case, control = event & (time <= horizon), time > horizon
-    if not case.any() or not control.any():
-        raise ValueError(f"the AUC at {horizon:g} needs patients with an event until then, and others followed beyond")
-    weight = 1 / censoring_curve(time, event).at(time[case], before=True)
-    others = np.sort(risk[control])
-    lower = np.searchsorted(others, risk[case], side="left") + np.searchsorted(others, risk[case], side="right")
-    return float((weight * lower).sum() / (2 * len(others) * weight.sum()))
 
 
 def _at_risk(time_N: Floats, at_T: Floats) -> Floats:

@@ -8,7 +8,19 @@ import pytest
 import tifffile
 
 from pathfm.errors import StoreError
-from pathfm.mil.galleries import HIGH, Extremes, extreme_tiles, galleries, tile_features, tile_table, write_layer, write_qupath
+from pathfm.mil.explain import Explained
+from pathfm.mil.feature_cache import SlideFacts
+from pathfm.mil.galleries import (
+    HIGH,
+    Extremes,
+    extreme_tiles,
+    galleries,
+    heat_of,
+    tile_features,
+    tile_table,
+    write_layer,
+    write_qupath,
+)
 from pathfm.mil.heatmap import SlideHeat, attention_percentile, tile_colours
 from pathfm.stats.localisation import UNKNOWN
 from pathfm.store.tile_store import open_tiles, write_tiles
@@ -154,3 +166,16 @@ def test_qupath_files_are_whole_or_absent_and_the_same_each_time(tmp_path):
     with pytest.raises(IndexError):  # in the middle of the file: values of three tiles only
         write_qupath(tmp_path / "c", one, store, {"distance": np.zeros(3)})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "s.zarr"]
+
+
+def test_the_heat_of_a_slide_shows_the_map_of_the_positive_class_and_what_was_not_looked_at(tmp_path):
+    write_tiles(tmp_path / "s.zarr", np.zeros((12, 16, 16, 3), np.uint8), slide_id="s", xy_level0=XY.astype(np.int64))
+    place = {"corner_N2": XY[:11].astype(np.int32), "used_N": np.arange(11), "file_rows": 12, "tile_side_level0": (9.0, 9.0)}
+    empty = np.zeros(0)
+    facts = SlideFacts("s", 1, np.dtype("float16"), "", empty.astype(np.uint64), empty, empty, **place, encoder={})
+    explained = Explained(attention(2)[:11], ("no", "yes"), "attention", main=1)
+    stored, alone = heat_of(facts, open_tiles(tmp_path / "s.zarr"), explained), heat_of(facts, None, explained)
+    assert (stored.main, alone.main) == (1, 1)
+    assert (stored.sides_level0, alone.sides_level0) == ((16.0, 16.0), (9.0, 9.0))
+    assert np.isnan(stored.value_NC[11]).all() and len(alone.value_NC) == 11
+    np.testing.assert_array_equal(stored.value_NC[:11], explained.value_NC)

@@ -18,7 +18,7 @@ from pathfm.mil.tasks.regression import Regression
 from pathfm.mil.tasks.survival import Cox, Discrete
 from pathfm.mil_settings import NumberSettings
 from pathfm.stats.intervals import auroc_interval
-from pathfm.stats.survival import concordance_index, time_dependent_auc
+from tests.stats.plain_survival import concordance_index, time_dependent_auc
 
 NUMBERS = NumberSettings(bootstrap=200)
 BINARY = Binary(name="label", classes=("no", "yes"), positive=1)

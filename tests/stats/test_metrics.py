@@ -10,7 +10,7 @@ from sklearn import metrics as reference
 from pathfm.stats import metrics
 from pathfm.stats.metrics import auroc, average_precision, balanced_accuracy, brier, calibration_error, macro_auroc, roc_curve
 from pathfm.stats.metrics import value_of as value
-from pathfm.stats.survival import concordance_index, time_dependent_auc
+from tests.stats.plain_survival import concordance_index, time_dependent_auc
 
 samples = st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40).filter(
     lambda rows: len({positive for _, positive in rows}) == 2

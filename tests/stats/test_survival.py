@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pathfm.stats import survival
-from pathfm.stats.survival import breslow, censoring_curve, concordance_index, kaplan_meier, time_dependent_auc
+from pathfm.stats.survival import breslow, censoring_curve, kaplan_meier
+from tests.stats.plain_survival import concordance_index, time_dependent_auc
 
 # Remission of leukaemia under 6-mercaptopurine, in weeks (Freireich et al. 1963), and the published Kaplan-Meier curve.
 TREATED = (6, 6, 6, 6, 7, 9, 10, 10, 11, 13, 16, 17, 19, 20, 22, 23, 25, 32, 32, 34, 35)

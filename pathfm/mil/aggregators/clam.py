@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pathfm.errors import UsageError
 from pathfm.mil.aggregators.attention import Abmil, ClassQueries
-from pathfm.mil.aggregators.contract import Packed, Pooled
+from pathfm.mil.aggregators.contract import Aggregator, Packed, Pooled
 from pathfm.mil.aggregators.segments import by_bag
 
 
@@ -65,8 +65,8 @@ class Instances(nn.Module):
         return pooled if loss is None else pooled._replace(weight=1 - weight, extra=weight * loss)
 
 
-class ClamSb(Abmil):
-    """One attention map per slide, and the instance loss (``instance_weight`` of the whole)."""
+class _Clam(Aggregator):
+    """Attention pooling, and the instance loss (``instance_weight`` of the whole)."""
 
     def __init__(
         self,
@@ -83,28 +83,16 @@ class ClamSb(Abmil):
 
     def forward(self, packed: Packed) -> Pooled:
         """See ``Aggregator``."""
-        return self.instances.judge(super().forward(packed), packed, self.instance_weight)
+        pooled = super().forward(packed)  # type: ignore[safe-super]  # of the aggregator named beside this class
+        return self.instances.judge(pooled, packed, self.instance_weight)
 
 
-class ClamMb(ClassQueries):
-    """One attention map per output, and the instance loss by the map of each class."""
+class ClamSb(_Clam, Abmil):
+    """One attention map per slide."""
 
-    def __init__(
-        self,
-        width: int,
-        outputs: int,
-        attention: int = 64,
-        instance_tiles: int = 8,
-        instance_weight: float = 0.3,
-        subtyping: bool = False,
-    ) -> None:
-        super().__init__(width, outputs, attention)
-        self.instance_weight = _share(instance_weight)
-        self.instances = Instances(width, outputs, instance_tiles, subtyping)
 
-    def forward(self, packed: Packed) -> Pooled:
-        """See ``Aggregator``."""
-        return self.instances.judge(super().forward(packed), packed, self.instance_weight)
+class ClamMb(_Clam, ClassQueries):
+    """One attention map per output; the instance loss goes by the map of each class."""
 
 
 def _share(weight: float) -> float:

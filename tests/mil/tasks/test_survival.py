@@ -5,8 +5,8 @@ from scipy.integrate import quad
 from scipy.special import expit
 
 from pathfm.mil.tasks.contract import Bank
-from pathfm.stats.survival import concordance_index
 from tests.mil.tasks.conftest import SETTINGS, make, table
+from tests.stats.plain_survival import concordance_index
 
 # Remission of leukaemia in weeks, placebo and 6-mercaptopurine (Freireich et al. 1963), with many tied times.
 PLACEBO = (1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23)
