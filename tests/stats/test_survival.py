@@ -3,7 +3,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathfm.stats import survival
 from pathfm.stats.survival import breslow, censoring_curve, kaplan_meier
 from tests.stats.plain_survival import concordance_index, time_dependent_auc
 
@@ -115,14 +114,6 @@ def test_the_c_index_by_hand():
     """Pairs with an order: 1-2, 1-3, 1-4, 3-4; the risks have 1-2, 1-4 and 3-4 right, and 1-3 equal."""
     assert concordance_index([3, 1, 3, 2], [1, 2, 3, 4], [1, 0, 1, 0]) == 3.5 / 4
     assert concordance_index([2, 1], [5, 5], [1, 0]) == 1  # censored at the time of the event: followed longer
-
-
-def test_memory_is_bounded_without_changing_the_c_index(monkeypatch):
-    rng = np.random.default_rng(0)
-    cohort = rng.normal(size=300).round(1), rng.integers(0, 30, 300), rng.random(300) < 0.5
-    whole = concordance_index(*cohort)
-    monkeypatch.setattr(survival, "PAIRS", 1000)
-    assert concordance_index(*cohort) == whole
 
 
 @given(cohorts(), st.integers(0, 8))
