@@ -10,7 +10,8 @@ drive, where a look at it might be answered from a cache.
 must be true. The drive's clock says that it has been silent for ``ttl_s``: a file is written beside the lease and the two
 time stamps are compared, so that no machine's clock matters. And this process has itself seen it unchanged for a third of
 ``ttl_s`` (two beats), since a drive's clock may be set or jump when its server fails over, and then all leases would look old
-at once. When the drive's clock has been set back, twice ``ttl_s`` of unchanged content is enough. What is seen here may be as
+at once. When the drive's clock has been set back, twice ``ttl_s`` of unchanged content is enough. A lease that names no holder,
+since that died while it created it, has a term of its own (``NAMELESS_S``). What is seen here may be as
 old as the attribute cache of a network drive (``acregmax``, 60 s on NFS by default), so on such a drive ``ttl_s`` must be
 well above that (default 120).
 
@@ -53,6 +54,8 @@ BEATS, WATCH = 6, 1 / 3
 """Signs of life per ``ttl_s``; share of ``ttl_s`` that a lease must have been seen unchanged, whatever clocks say."""
 _PUT_BACK_S = 1.0
 """Another may have caught this lease by mistake, and is about to put it back [s]."""
+NAMELESS_S = 10.0
+"""A holder names itself right after it has created the lease; one that has not in this time died between the two [s]."""
 POLL_S = 2.0
 """Longest time between looks at slides that others hold [s]."""
 
@@ -222,6 +225,7 @@ class Leases:
             file = path.open("xb", buffering=0)
         except FileExistsError:
             return None
+        crash_point("lease.created")
         with file:
             try:
                 file.write(json.dumps(content).encode() + b"\n")
@@ -276,7 +280,7 @@ class Leases:
     def _has_expired(self, path: Path, found: _Content) -> bool:
         if found.process and found.process.has_ended:
             return True
-        now, ttl_s = self._clock(), found.ttl_s or self.ttl_s
+        now, ttl_s = self._clock(), found.ttl_s or min(NAMELESS_S, self.ttl_s)
         raw, since = self._seen.get(path, (b"", now))
         if raw != found.raw:
             since = now

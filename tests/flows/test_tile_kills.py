@@ -46,6 +46,7 @@ POINTS = (
     "store.commit.before_rename:2",  # a contact sheet
     "store.commit.before_rename:3",  # a store
     "store.commit.before_rename:7",  # the overlay of another slide
+    "lease.created",
     "lease.taken",
     "lease.taken:3",
     "lease.before_release",

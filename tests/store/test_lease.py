@@ -159,15 +159,18 @@ def test_the_holders_own_term_counts(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"token": 1}\n', "\0" * 50])
-def test_a_lease_that_says_nothing_expires_too(tmp_path, content):
+def test_a_lease_that_says_nothing_expires_soon(tmp_path, content):
+    """Its holder died between creating and naming it: no term of days, which only living holders know, may hold it."""
     clock, target = Clock(), tmp_path / "a"
     path = foreign(target)
     path.write_text(content)
     os.utime(path, (1, 1))
-    leases = Leases(120, clock)
+    leases = Leases(86400, clock)
     assert holder(target) == "an unknown process"
     assert leases.take(target) is None
-    clock.now += 41
+    clock.now += 3
+    assert leases.take(target) is None
+    clock.now += 1
     assert leases.take(target) is not None
     leases.close()
 
@@ -210,6 +213,20 @@ def test_a_kill_at_a_crash_point_leaves_a_lease_that_is_followed(tmp_path, point
     with Leases(60) as leases:
         leases.sweep(tmp_path)
         assert names(tmp_path) == ([] if point == "lease.taken" else ["a"])
+        assert leases.take(target) is not None
+
+
+def test_a_kill_before_the_lease_has_a_name_is_followed(tmp_path):
+    clock, target = Clock(), tmp_path / "a"
+    process = child(target, crash_at="lease.created")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    (lease,) = tmp_path.iterdir()
+    assert (lease.name, lease.read_bytes()) == (".a.lease", b"")
+    os.utime(lease, (1, 1))
+    with Leases(86400, clock) as leases:
+        assert leases.take(target) is None
+        clock.now += 4
         assert leases.take(target) is not None
 
 
