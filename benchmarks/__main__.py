@@ -28,6 +28,8 @@ BENCHMARKS = {
     "mil_lockstep": "5 folds x 3 seeds in one pass per epoch, against 15 trainings of our own",
     "interval_coverage": "how often 95 % intervals hold the truth in simulated cohorts",
     "mil_memory": "peak memory of training classifiers on 100 and 1,000 bags within a stated budget",
+    "cohort_overhead": "thousands of tiny slides through the whole study: what a slide costs beside the real work",
+    "dag_building": "how long 10,000 slides take to plan, and Snakemake to build the graph of their jobs",
     "fidelity": "is it the same picture: bit identity, PSNR and shift of DCT scaling",
 }
 

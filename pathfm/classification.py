@@ -35,7 +35,7 @@ def mil_train(study: Study) -> ExitCode:
     if kept:
         mine = tuple(outcome for outcome in kept.outcomes if outcome.slide_id in slides)
         run.reports[kept.stage] = StageReport(kept.stage, mine)
-    classify(run, run_extraction(run))
+    _train_and_report(run, inputs_of(run, run_extraction(run)))
     # Settings that were refused are not worth keeping.
     keep_settings(run)
     return run.exit_code
@@ -60,11 +60,6 @@ def check_for_mil(run: Run) -> None:
             fix="add a patient_id column, or pass --patient-is-slide if every slide is another patient",
         )
     held_out_slides(run.study, run.cohort)
-
-
-def classify(run: Run, extraction: Extraction) -> None:
-    """The mil stage on the study's own features, and the report."""
-    _mil_and_report(run, inputs_of(run, extraction))
 
 
 def inputs_of(run: Run, extraction: Extraction) -> MilInputs:
@@ -103,31 +98,52 @@ def _train_on_features(run: Run, folder: Path) -> None:
         fingerprint=_fingerprint(run, {}, {}),
         foreign=ForeignFolder(folder),
     )
-    _mil_and_report(run, inputs)
+    _train_and_report(run, inputs)
 
 
-def _mil_and_report(run: Run, inputs: MilInputs) -> None:
+def _train_and_report(run: Run, inputs: MilInputs) -> None:
+    train(run, inputs)
+    report_on(run, inputs.features_dirs["main"], own_encoder(run) or run.layout.out / "encoder", run.reports)
+
+
+def train(run: Run, inputs: MilInputs) -> None:
+    """The mil stage, noted."""
     from pathfm.mil.stage import run_mil
+
+    run.note(run_mil(run.study, run.cohort, inputs))
+    say(f"bundle: {run.layout.mil / 'bundle'}" if inputs.deploy else "no bundle: features of new slides cannot be made here")
+
+
+def report_on(run: Run, features_dir: Path, encoder_dir: Path, upstream: Mapping[str, StageReport]) -> None:
+    """The report, noted, and its key numbers.
+
+    Args:
+        run: the study, trained.
+        features_dir: the main features.
+        encoder_dir: of the study's own encoder; absent for others.
+        upstream: what became of slides in tile and extract.
+    """
     from pathfm.report.stage import ReportInputs, run_report
     from pathfm.report.summary import key_numbers
 
-    run.note(run_mil(run.study, run.cohort, inputs))
+    trained = run.reports.get("mil") or read_record(run.layout.mil)
+    records = {stage: upstream[stage] for stage in ("tile", "extract") if stage in upstream}
+    records |= {"mil": trained} if trained else {}
     metrics = read_json(run.layout.mil / "metrics.json")
     shown = ReportInputs(
         out=run.layout.out,
         report_dir=run.layout.report,
         mil_dir=run.layout.mil,
-        encoder_dir=own_encoder(run) or run.layout.out / "encoder",
+        encoder_dir=encoder_dir,
         stores_dir=run.layout.tiles,
-        features_dir=inputs.features_dirs["main"],
-        records=dict(run.reports),
-        fingerprint=fingerprint(str(metrics["fingerprint"]), run.study.report, _outcome_rows(run)),
+        features_dir=features_dir,
+        records=records,
+        fingerprint=fingerprint(str(metrics["fingerprint"]), run.study.report, _outcome_rows(records)),
         cohort=run.cohort,
     )
     run.note(run_report(run.study, shown))
     for line in key_numbers(read_json(run.layout.report / "summary.json")):
         say(line)
-    say(f"bundle: {run.layout.mil / 'bundle'}" if inputs.deploy else "no bundle: features of new slides cannot be made here")
 
 
 def _fingerprint(run: Run, folders: Mapping[str, Path], upstream: Mapping[str, Outcome]) -> str:
@@ -151,7 +167,7 @@ def _fingerprint(run: Run, folders: Mapping[str, Path], upstream: Mapping[str, O
     ]
     truth = _file_digest(run.study.cohort.tile_labels)
     inputs = {"version": VERSION, "slides": slides, "truth": truth, "patient_is_slide": run.study.cohort.patient_is_slide}
-    return fingerprint(inputs, run.study.mil.model_dump(mode="json", exclude={"features": True, "split": {"file"}}))
+    return fingerprint(inputs, run.study.mil.model_dump(mode="json", exclude={"features": True, "split": {"file", "keep"}}))
 
 
 def _fate(outcome: Outcome | None) -> str:
@@ -167,11 +183,11 @@ def _file_digest(path: Path | None) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
-def _outcome_rows(run: Run) -> list[list[str]]:
+def _outcome_rows(records: Mapping[str, StageReport]) -> list[list[str]]:
     """What the report says of each slide, without the difference between done now and done before."""
     plain = {"kept": "done"}
-    return [
+    return sorted(
         [stage, outcome.slide_id, plain.get(outcome.status, outcome.status), outcome.reason]
-        for stage, report in sorted(run.reports.items())
+        for stage, report in records.items()
         for outcome in report.outcomes
-    ]
+    )

@@ -13,16 +13,15 @@ import typer
 from pathfm.cli_mil import mil_app
 from pathfm.cli_options import (
     FeaturesOption,
-    PatientOption,
     PicturesOption,
     SetOption,
     StudyArgument,
     TileOption,
     VerboseOption,
-    as_settings,
     finish,
     open_study,
 )
+from pathfm.cli_run import add_commands
 
 EPILOG = (
     "Exit codes: 0 done, 3 some slides failed (listed), 2 usage or settings, 1 internal error, 75 preempted (saved: run it "
@@ -191,14 +190,6 @@ def encoders_verify(
 
 
 @app.command()
-def run(study: StudyArgument, patient_is_slide: PatientOption = False, settings: SetOption = None) -> None:
-    """Run a whole study: what is stale, in order. A second run does nothing and says so."""
-    from pathfm import workflow
-
-    finish(workflow.run(open_study(study, as_settings(patient_is_slide, settings))))
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the synthetic slides and all results.")] = Path("demo"),
     settings: SetOption = None,
@@ -330,6 +321,9 @@ def doctor() -> None:
 
     for line in diagnose():
         say(line)
+
+
+add_commands(app)
 
 
 def main() -> None:

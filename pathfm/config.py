@@ -70,6 +70,7 @@ PATHS = frozenset(
         "out",
         "cohort.table",
         "cohort.clinical",
+        "cohort.pseudonym_key",
         "cohort.tile_labels",
         "mil.features",
         "mil.split.file",
@@ -287,6 +288,7 @@ def _resolved(study: Study, base: Path) -> Study:
         "table": _placed(base, cohort.table),
         "clinical": _placed(base, cohort.clinical),
         "tile_labels": _placed(base, cohort.tile_labels),
+        "pseudonym_key": _placed(base, cohort.pseudonym_key),
         "slides": tuple(source if is_remote(source) else str(base / source) for source in cohort.slides),
     }
     tile, cache, health = study.tile, study.compute.cache_dir, study.pretrain.health

@@ -57,12 +57,12 @@ def demo_study(out: Path, overrides: Sequence[str] = ()) -> Study:
 
 def run_demo(out: Path, overrides: Sequence[str] = ()) -> ExitCode:
     """Draws the slides unless they are there, runs the study, which prints its key numbers and the page's path."""
-    from pathfm import workflow
+    from pathfm.running import run_study
     from pathfm.slides.synthetic import write_cohort
 
     started = time.monotonic()
     write_cohort(out / "slides", SLIDES, SEED)
     study = demo_study(out, overrides)
-    code = workflow.run(study)
+    code = run_study(study)
     say(f"done in {time.monotonic() - started:.0f} s")
     return code

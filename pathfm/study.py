@@ -29,6 +29,9 @@ class CohortSettings(Settings):
     """Treat every sub-folder of images as one slide made of pre-cut tiles (cytology, pre-tiled sets)."""
     patient_is_slide: bool = False
     """Accept that every slide is its own patient when no patient_id is given (else mil refuses to split)."""
+    pseudonym_key: Path | None = None
+    """File with a secret key: slide_id, patient_id and specimen_id are replaced by keyed hashes as the cohort is read, so that
+    nothing that is written names a patient."""
     tile_labels: Path | None = None
     """CSV with tile and tile_label (1 present, 0 absent, empty unknown): truth for the attention of folder-of-tiles slides."""
 
@@ -152,6 +155,8 @@ class ExtractSettings(Settings):
     encoder: str = "pretrained"
     """pretrained (the study's own), a name of `pathfm encoders` (uni2-h, virchow2@trident), timm:NAME, hf-hub:ORG/NAME,
     local-dir:PATH, untrained:NAME, or python:MODULE:FUNCTION."""
+    encoder_sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
+    """SHA-256 of the file of weights that `encoder` must have, as `pathfm inspect` shows it; for encoders in a folder."""
     also: tuple[str, ...] = ()
     """Further encoders, each by its own recipe, whose features are written in the same pass over the tiles."""
     weights: Path | None = None
@@ -219,8 +224,11 @@ class ComputeSettings(Settings):
     """Tiles per inference batch; 0: 16 on a CPU, on a GPU what its memory holds. Halved when memory runs out."""
     slide_timeout_s: NonNegative = 7200.0
     """A slide that takes longer to tile fails, and the next one goes on; 0: no limit [s]."""
-    shard: Annotated[str, Field(pattern=r"^(\d+/\d+)?$")] = ""
-    """i/n (1-based): work only on every n-th slide, for array jobs; empty: on all."""
+    shard: Annotated[str, Field(pattern=r"^(\d+(/|-of-)\d+)?$")] = ""
+    """i/n (1-based): work only on every n-th slide, for array jobs; i-of-n: on a group of slides that others joining do not
+    change, for workflows; empty: on all."""
+    group_slides: Positive = 64
+    """Slides of one job of a workflow (`pathfm run --engine snakemake`)."""
     cache_dir: Path | None = None
     """Local folder that slides are copied to before they are read, ahead of need; for network drives."""
     cache_gb: PositiveFloat = 50.0
@@ -233,7 +241,7 @@ class ComputeSettings(Settings):
     @field_validator("shard")
     @classmethod
     def _shard_exists(cls, shard: str) -> str:
-        index, _, count = shard.partition("/")
+        index, _, count = shard.replace("-of-", "/").partition("/")
         if shard and not 1 <= int(index) <= int(count):
             raise ValueError("must be i/n, with i from 1 to n")
         return shard

@@ -10,7 +10,7 @@ from pathfm.errors import ExitCode, MissingExtraError, StoreError, UsageError
 from pathfm.log import get_log, say, status, track
 from pathfm.store.cohort import shard_of
 from pathfm.store.layout import Layout
-from pathfm.store.record import Outcome, StageReport, record_file
+from pathfm.store.record import Outcome, StageReport, read_record
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import Study
 from pathfm.workers import map_isolated, usable_cores
@@ -52,10 +52,19 @@ def _encoder_needs(study: Study) -> EncoderNeeds | None:
     return EncoderNeeds(study.extract.encoder, side) if side else None
 
 
+def show_tiles(layout: Layout, report: StageReport) -> None:
+    """Writes the page of all slides, unless nothing has happened since it was written."""
+    if report.did_nothing and not page_is_old(layout):
+        return
+    page = write_page(layout, read_record(layout.tiles) or report)
+    if page:
+        say(f"page: {page}")
+
+
 def page_is_old(layout: Layout) -> bool:
-    """Whether the page tells of an earlier run than the record does: a kill between the two leaves it so."""
-    page, record = layout.tiles / "index.html", record_file(layout.tiles)
-    return not page.is_file() or (record.is_file() and page.stat().st_mtime_ns < record.stat().st_mtime_ns)
+    """Whether the page tells of an earlier run than the records do: a kill between the two leaves it so."""
+    page, records = layout.tiles / "index.html", layout.tiles.glob("record*.json")
+    return not page.is_file() or any(page.stat().st_mtime_ns < record.stat().st_mtime_ns for record in records)
 
 
 def write_page(layout: Layout, report: StageReport) -> Path | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +17,11 @@ from pathfm.log import say, status
 from pathfm.store.cohort import Cohort, load_cohort
 from pathfm.store.commit import commit_file, sweep
 from pathfm.store.layout import Layout, tile_spec
-from pathfm.store.record import Outcome, StageReport, read_record
+from pathfm.store.lease import WATCH, Leases, holder
+from pathfm.store.pseudonyms import refuse_named_files
+from pathfm.store.record import Outcome, StageReport
 from pathfm.store.tile_store import open_tiles
-from pathfm.study import Study
+from pathfm.study import ComputeSettings, Study
 
 if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
@@ -29,7 +33,13 @@ PRETRAINED = "pretrained encoder"
 
 @dataclass
 class Run:
-    """A study under way: its cohort, its paths, and what the stages have reported so far."""
+    """A study under way: its cohort, its paths, and what the stages have reported so far.
+
+    Attributes:
+        stale: slides whose store is not what tiling would make now.
+        stores: tile stores that are up to date, once they have been looked at.
+        encoder: folder of the study's own encoder, where it is known without a look at the tiles that it was made of.
+    """
 
     study: Study
     cohort: Cohort
@@ -37,6 +47,7 @@ class Run:
     reports: dict[str, StageReport] = field(default_factory=dict)
     stale: set[str] = field(default_factory=set)
     stores: dict[str, Path] | None = None
+    encoder: Path | None = None
 
     def note(self, report: StageReport) -> None:
         """Keeps a stage's report and says in one paragraph what became of it."""
@@ -125,10 +136,32 @@ def begin(study: Study, needs_slides: bool = True) -> Run:
     from pathfm.tile.stage import tile_settings_digest
 
     _check_places(study)
+    refuse_named_files(study)
     cohort = load_cohort(study.cohort, Path.cwd(), _find_slides, needs_slides=needs_slides)
     layout = Layout(study.out, tile_spec(study.tile, tile_settings_digest(study.tile)))
     sweep(study.out)
     return Run(study, cohort, layout)
+
+
+@contextmanager
+def study_to_oneself(out: Path) -> Iterator[None]:
+    """The right to run an engine on a study; a lease, so that it ends with its holder.
+
+    Raises:
+        UsageError: another engine has it.
+    """
+    target, ttl_s = out / "engine", ComputeSettings().lease_s
+    with Leases(ttl_s) as leases:
+        lease = leases.take(target)
+        # Whether a holder on another machine is alive shows after a while only.
+        until = time.monotonic() + ttl_s * WATCH * 1.2
+        while lease is None and os.uname().nodename not in holder(target) and time.monotonic() < until:
+            time.sleep(1.0)
+            lease = leases.take(target)
+        if lease is None:
+            fix = f"wait for it, or end it; that of a machine that died is free after {ttl_s:g} s"
+            raise UsageError(f"another engine works on this study ({holder(target)})", where=str(out), fix=fix)
+        yield
 
 
 def _check_places(study: Study) -> None:
@@ -195,33 +228,10 @@ def extract(study: Study, tiles_too: bool = False) -> ExitCode:
     return run.exit_code
 
 
-def run(study: Study) -> ExitCode:
-    """``pathfm run``: every stage in order, each doing only what is stale."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        fix = "start `pathfm pretrain` so, and `pathfm run` as one process"
-        raise UsageError("several processes at once would do every stage several times", where="torchrun or srun", fix=fix)
-    from pathfm.classification import check_for_mil, classify
-
-    run = begin(study)
-    check_for_mil(run)
-    keep_settings(run)
-    run_tiling(run)
-    if study.has_own_encoder:
-        from pathfm.pretraining import run_pretraining
-
-        run_pretraining(run)
-    from pathfm.extraction import run_extraction
-
-    classify(run, run_extraction(run))
-    if all(report.did_nothing for report in run.reports.values()):
-        say("everything is up to date: nothing was done")
-    return run.exit_code
-
-
 def run_tiling(run: Run) -> None:
     """The tile stage, noted."""
     from pathfm.tile.stage import run_tile
-    from pathfm.tiling import say_keep_note
+    from pathfm.tiling import say_keep_note, show_tiles
 
     report = run_tile(run.study, run.cohort, run.layout)
     run.note(report)
@@ -229,12 +239,7 @@ def run_tiling(run: Run) -> None:
     run.stores = None
     # Every job of an array would write the same page again.
     if not run.study.compute.shard:
-        from pathfm.tiling import page_is_old, write_page
-
-        wanted = not report.did_nothing or page_is_old(run.layout)
-        page = write_page(run.layout, read_record(run.layout.tiles) or report) if wanted else None
-        if page:
-            say(f"page: {page}")
+        show_tiles(run.layout, report)
 
 
 def stores_of(run: Run) -> dict[str, Path]:
@@ -262,7 +267,7 @@ def own_encoder(run: Run) -> Path | None:
         return None
     from pathfm.pretraining import encoder_folder
 
-    return encoder_folder(run)
+    return run.encoder or encoder_folder(run)
 
 
 def upstream_outcomes(run: Run, extraction: Extraction) -> dict[str, Outcome]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ from pathfm.errors import UsageError
 from pathfm.geometry import MPP_SANE, mpp_is_sane
 from pathfm.log import status
 from pathfm.store.interop.label_tables import Table, folded, joined, read_table, translated
+from pathfm.store.pseudonyms import Pseudonyms
 from pathfm.study import CohortSettings
 
 REQUIRED = ("slide_id", "path")
@@ -21,6 +24,8 @@ RESERVED = (*REQUIRED, "patient_id", "specimen_id", "mpp", "site", "split", "les
 """Columns with a meaning of their own; every other column is a label column."""
 MAX_ID_BYTES = 200
 """File systems allow 255 bytes per name; the rest is for suffixes."""
+_NAMES = re.compile(": |, as ")
+"""What comes before names in a note."""
 
 FindSlides = Callable[[Sequence[str], bool], Sequence[tuple[str, Path]]]
 """Discovery without a table: (sources, folder_of_tiles) -> (slide_id, path) of every slide."""
@@ -68,8 +73,19 @@ def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = 
             and tables are taken as other tools write them (``pathfm.store.interop.label_tables``); what that changes is said.
 
     Raises:
-        UsageError: anything wrong with the tables or the ids, all problems in one message with their line numbers.
+        UsageError: anything wrong with the tables or the ids, all problems in one message with their line numbers; or no
+            usable key for pseudonyms.
     """
+    pseudonyms = Pseudonyms(base / settings.pseudonym_key) if settings.pseudonym_key else None
+    cohort = _named_cohort(settings, base, find, needs_slides)
+    if pseudonyms:
+        cohort = _hidden(cohort, pseudonyms)
+    for note in cohort.notes:
+        status(settings.table.name if settings.table else "cohort", "note", note)
+    return cohort
+
+
+def _named_cohort(settings: CohortSettings, base: Path, find: FindSlides | None, needs_slides: bool) -> Cohort:
     if settings.table and settings.slides:
         raise UsageError("both a table and slides are given", where="cohort", fix="keep one: cohort.table or cohort.slides")
     if settings.table:
@@ -88,10 +104,34 @@ def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = 
     return Cohort(rows)
 
 
+def _hidden(cohort: Cohort, pseudonyms: Pseudonyms) -> Cohort:
+    """The cohort with pseudonyms for names, which notes lose too."""
+    rows = tuple(
+        replace(
+            row,
+            slide_id=pseudonyms.of("slide", row.slide_id),
+            patient_id=row.patient_id and pseudonyms.of("patient", row.patient_id),
+            specimen_id=row.specimen_id and pseudonyms.of("specimen", row.specimen_id),
+        )
+        for row in cohort.rows
+    )
+    return replace(cohort, rows=rows, notes=tuple(_NAMES.split(note)[0] for note in cohort.notes))
+
+
+def group_of(slide_id: str, count: int) -> str:
+    """The group of a slide among ``count``, as ``3-of-8``: by its name alone, so that new slides move no others."""
+    place = int.from_bytes(hashlib.sha256(slide_id.encode()).digest()[:4]) * count >> 32
+    return f"{place + 1}-of-{count}"
+
+
 def shard_of(rows: Sequence[SlideRow], shard: str) -> tuple[SlideRow, ...]:
-    """The rows of one job of an array (``i/n``): every n-th, from the i-th (1-based) on; all of them without a shard."""
+    """The rows of one job: of an array (``i/n``) every n-th, from the i-th (1-based) on; of a workflow (``i-of-n``) those of
+    the group; all of them without a shard."""
     if not shard:
         return tuple(rows)
+    if "-of-" in shard:
+        count = int(shard.rpartition("-")[2])
+        return tuple(row for row in rows if group_of(row.slide_id, count) == shard)
     index, count = (int(number) for number in shard.split("/"))
     return tuple(rows[index - 1 :: count])
 
@@ -147,8 +187,6 @@ def _read_table(path: Path, clinical: Path | None, needs_slides: bool) -> Cohort
         table = translated(table)
     if clinical:
         table = joined(table, translated(read_table(clinical), ("patient_id",)))
-    for note in table.notes:
-        status(path.name, "note", note)
     _check_header(table, REQUIRED if needs_slides else REQUIRED[:1])
     problems: list[str] = []
     rows: list[SlideRow] = []

@@ -84,8 +84,9 @@ def library_versions() -> dict[str, str]:
 
 
 def record_file(folder: Path, shard: str = "") -> Path:
-    """Where the record of a folder is, or that of a shard (``i/n``)."""
-    return folder / f"record{shard and '-' + shard.replace('/', '-of-')}.json"
+    """Where the record of a folder is, or that of a shard (``i/n``) or group (``i-of-n``)."""
+    kind = "-group-" if "-of-" in shard else "-" if shard else ""
+    return folder / f"record{kind}{shard.replace('/', '-of-')}.json"
 
 
 def write_record(

@@ -112,15 +112,24 @@ def store_is_current(store: TileStore, row: SlideRow, settings: TileSettings) ->
         return False
 
 
-def _fingerprints(row: SlideRow, settings: TileSettings, identity: str) -> tuple[str, str]:
+def slide_inputs(row: SlideRow, settings: TileSettings) -> dict[str, object]:
+    """What a slide's tiles depend on besides the settings: its identity, its mpp in the cohort, its annotations or coordinates.
+
+    Raises:
+        SlideError: the slide cannot be read.
+        StoreError: its annotations or coordinates cannot be read.
+    """
+    return _inputs(row, settings, slide_identity(row.path))
+
+
+def _inputs(row: SlideRow, settings: TileSettings, identity: str) -> dict[str, object]:
     coords = find_coords(settings.coords, row.slide_id) if settings.coords else None
-    own = {
-        "settings": tile_settings_digest(settings),
-        "identity": identity,
-        "mpp": row.mpp,
-        "annotations": _content(annotation_file(row, settings)),
-        "coords": _content(coords),
-    }
+    annotations = _content(annotation_file(row, settings))
+    return {"identity": identity, "mpp": row.mpp, "annotations": annotations, "coords": _content(coords)}
+
+
+def _fingerprints(row: SlideRow, settings: TileSettings, identity: str) -> tuple[str, str]:
+    own = {"settings": tile_settings_digest(settings), **_inputs(row, settings, identity)}
     return fingerprint(own), fingerprint({**own, "assumed_mpp": settings.assume_mpp})
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 
 from pathfm import workflow
+from pathfm.running import run_study
 from pathfm.config import load_study
 from pathfm.errors import ExitCode, PathfmError, UsageError
 from pathfm.extraction import run_extraction
@@ -280,7 +281,7 @@ compute: {{workers: 1, threads: 1, device: cpu}}
 def test_a_study_ends_in_a_bundle_that_goes_anywhere_with_its_own_encoder(places, tmp_path):
     table = write_cohort(tmp_path / "old", 12, 2, SyntheticSpec(size_px=Size(512, 512)))
     (tmp_path / "study.yaml").write_text(STUDY.format(table=table))
-    workflow.run(load_study(tmp_path / "study.yaml"))
+    run_study(load_study(tmp_path / "study.yaml"))
     source = [str(places / "new" / "*.tiff")]
     assert mil_predict([str(tmp_path / "out"), *source], tmp_path / "first", None, FAST) == ExitCode.DONE
     shutil.move(tmp_path / "out" / "mil" / "bundle", tmp_path / "bundle")

@@ -1,0 +1,137 @@
+"""``pathfm run STUDY --replay RECORD``: the study of a record once more, in a folder of its own, and whether all is the same.
+
+A record is a run manifest (``runs/<time>-<run>.json``). It has the settings, and the fingerprint and the content digest of
+every job. What was decided once is taken over from the folder of the record: the frozen list of pretraining slides, and the
+folds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pathfm.config import ENCODER_NAMES, PATHS, bullet_list, load_study
+from pathfm.errors import ExitCode, StoreError, UsageError
+from pathfm.log import say
+from pathfm.running import run_study
+from pathfm.store.commit import read_json
+from pathfm.store.receipts import ALL, read_receipt, receipt_path
+from pathfm.study import Study
+from pathfm.study_plan import StudyPlan, flat, make_plan
+from pathfm.workflow import begin
+
+PLACES = PATHS | ENCODER_NAMES | {"name", "cohort.slides", "extract.also", "extract.weights", "tile.tissue.plugin"}
+"""Settings that a record only has without their folders: they are the given study's."""
+TAKEN_OVER = ("encoder/pinned.json", "mil/splits.json", "receipts/pretrain/all.json")
+"""What was decided once, below an output folder."""
+
+
+def replay(study: Study, record: Path) -> ExitCode:
+    """Runs the study of a record anew and compares.
+
+    Args:
+        study: of the record, with the places of its slides here; it goes into ``study.out``, or beside it where that is taken.
+        record: a run manifest.
+
+    Returns:
+        3 when something came out differently.
+
+    Raises:
+        UsageError: not a record of a study, or the study's slides, tables or settings are not those of the record.
+    """
+    recorded = _jobs_of(record)
+    home = record.absolute().parent.parent
+    out = study.out if not study.out.exists() else study.out.with_name(f"{study.out.name}-replay")
+    if out.exists():
+        raise UsageError(
+            "a replay needs a folder of its own", where=str(out), fix="add --set out=FOLDER, one that is not there"
+        )
+    again = _as_recorded(study, read_json(record)["settings"]).model_copy(update={"out": out})
+    for name in TAKEN_OVER:
+        if (home / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(home / name, out / name)
+    try:
+        plan = make_plan(begin(again))
+        _check_same(plan, recorded, record)
+    except UsageError:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    code = run_study(again)
+    different = list(_differences(out, plan, recorded))
+    for line in different:
+        say(line)
+    if different:
+        return ExitCode.SOME_FAILED
+    say(f"replayed: {len(recorded)} jobs, all with the same content as in {record.name}")
+    return code
+
+
+def _jobs_of(record: Path) -> Mapping[str, Mapping[str, Any]]:
+    if not record.is_file():
+        raise UsageError("there is no such record", where=str(record), fix="records are in the folder runs of an output folder")
+    try:
+        jobs: dict[str, dict[str, Any]] = read_json(record)["jobs"]
+    except (KeyError, StoreError):
+        jobs = {}
+    if not jobs:
+        raise UsageError("this is not the record of a study that was run", where=str(record), fix="name a file of OUT/runs")
+    return jobs
+
+
+def _as_recorded(study: Study, settings: Mapping[str, Any]) -> Study:
+    """The study with the recorded settings; where things are is the given study's."""
+    given, recorded = flat(study), dict(_leaves(settings, ""))
+    differing = [
+        f"{name}={json.dumps(value)}"
+        for name, value in recorded.items()
+        if name in given and name not in PLACES and not name.startswith(("out", "compute.")) and given[name] != value
+    ]
+    size = f"compute.group_slides={recorded['compute.group_slides']}"
+    for change in differing:
+        say(f"as recorded: {change}")
+    table = [f"{name}={json.dumps(value)}" for name, value in given.items() if name not in recorded or name in PLACES]
+    same = [
+        f"{name}={json.dumps(recorded[name])}" for name in given if name in recorded and name not in PLACES and name != "out"
+    ]
+    return load_study(None, [*table, *same, size])
+
+
+def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_same(plan: StudyPlan, recorded: Mapping[str, Mapping[str, Any]], record: Path) -> None:
+    """Whether the same would be made of the same."""
+    planned = {f"{job.stage}/{job.group}": job for job in plan.jobs}
+    problems = [f"{name}: not recorded" for name in planned if name not in recorded]
+    problems += [f"{name}: not part of this study" for name in recorded if name not in planned]
+    for name, job in planned.items():
+        was = recorded.get(name, {})
+        if was and was.get("fingerprint") != job.fingerprint:
+            before = was.get("inputs", {})
+            changed = sorted(key for key in {*before, *job.inputs} if before.get(key) != job.inputs.get(key))
+            problems.append(f"{name}: differs in {', '.join(changed[:5]) or 'its settings or the version of pathfm'}")
+    if problems:
+        raise UsageError(
+            f"this would not be what was recorded: {bullet_list(problems, 20)}",
+            where=str(record),
+            fix="give the slides and tables of then, and the pathfm of then",
+        )
+
+
+def _differences(out: Path, plan: StudyPlan, recorded: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for job in plan.jobs:
+        receipt = read_receipt(receipt_path(out, job.stage, job.group or ALL))
+        was = recorded[f"{job.stage}/{job.group}"]
+        if receipt is None:
+            yield f"{job.name}: not made"
+        elif receipt.content != was.get("content"):
+            yield f"{job.name}: other content, {receipt.content[:12]} instead of {str(was.get('content'))[:12]}"

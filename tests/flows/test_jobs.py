@@ -1,0 +1,162 @@
+"""The plan of a study, its jobs one by one, and all of them in one process: the same receipts and the same artifacts."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from pathfm.config import load_study
+from pathfm.errors import ExitCode, UsageError
+from pathfm.jobs import Jobs, run_job, write_receipts
+from pathfm.running import RunOptions, explained, plan_study, run_study, summary
+from pathfm.store.commit import content_digest
+from pathfm.store.receipts import read_receipt, read_receipts, receipt_path
+from pathfm.study_plan import make_plan, read_plan, write_plan
+from pathfm.workflow import begin
+from tests.flows.conftest import STUDY
+
+GROUPS = "compute.group_slides=4"
+COMPARED = ("tiles", "encoder", "features", "mil", "report", "receipts")
+
+
+@pytest.fixture
+def study(study_file):
+    return load_study(study_file, [GROUPS, "compute.workers=1", "compute.threads=1"])
+
+
+def _state(plan):
+    return {job.name: job.state for job in plan.jobs}
+
+
+def _tiled(study, tmp_path):
+    """The study with check and tile done in this process, and its run."""
+    run = begin(study)
+    plan = make_plan(run)
+    for stage in ("check", "tile"):
+        write_receipts(run, plan.of(stage), Jobs(run).work(stage))
+    return run
+
+
+def _other_table(study, change):
+    """The study with another cohort table; paths in it are absolute."""
+    lines = study.cohort.table.read_text().splitlines()
+    table = study.out.parent / "other.csv"
+    folder = study.cohort.table.parent
+    absolute = [
+        lines[0],
+        *(line.replace("slides/", f"{folder}/slides/").replace("masks/", f"{folder}/masks/") for line in lines[1:]),
+    ]
+    table.write_text("\n".join(change(absolute)) + "\n")
+    return study.model_copy(update={"cohort": study.cohort.model_copy(update={"table": table})})
+
+
+def test_a_plan_says_what_is_stale_and_why(study, tmp_path):
+    plan = make_plan(begin(study))
+    assert {job.stage: job.state for job in plan.jobs} == dict.fromkeys(
+        ("check", "tile", "pretrain", "extract", "mil", "report"), "new"
+    )
+    assert len(plan.of("tile")) == len(plan.of("extract")) == 3
+    assert next(summary(plan)) == "check     1 job, 12 slides: 1 new"
+    run = _tiled(study, tmp_path)
+    plan = make_plan(run)
+    assert {state for name, state in _state(plan).items() if name.startswith(("check", "tile"))} == {"current"}
+    assert "tile (3 of 3 jobs): up to date" in list(explained(plan))
+
+    changed = study.model_copy(update={"tile": study.tile.model_copy(update={"jpeg_quality": 80})})
+    told = list(explained(make_plan(begin(changed))))
+    assert "tile 1-of-4: stale - tile.jpeg_quality: 90 -> 80" in told
+
+    group = plan.of("tile")[0]
+    shutil.rmtree(run.layout.store(group.slide_ids[0]))
+    job = make_plan(run).job("tile", group.group)
+    assert job.state == "gone"
+    assert group.slide_ids[0] in job.why[0]
+
+
+def test_a_row_more_or_less_touches_one_group(study, tmp_path):
+    run = _tiled(study, tmp_path)
+    fewer = _other_table(study, lambda lines: lines[:-1])
+    again = make_plan(begin(fewer))
+    stale = [job for job in again.of("tile") if job.state != "current"]
+    assert len(stale) == 1
+    gone = run.cohort.rows[-1].slide_id
+    assert stale[0].why == (f"no longer there: {gone}",)
+    assert again.job("check").state == "stale"
+
+
+def test_a_label_only_touches_what_learns_from_it(study, tmp_path):
+    _tiled(study, tmp_path)
+    other = _other_table(study, lambda lines: [lines[0], *(line.replace("normal", "healthy") for line in lines[1:])])
+    plan = make_plan(begin(other))
+    assert {job.state for job in plan.of("tile")} == {"current"}
+    assert plan.job("check").state == "stale"
+
+
+def test_the_order_of_the_table_changes_nothing(study, tmp_path):
+    _tiled(study, tmp_path)
+    plan = make_plan(begin(_other_table(study, lambda lines: [lines[0], *reversed(lines[1:])])))
+    assert {job.state for job in (plan.job("check"), *plan.of("tile"))} == {"current"}
+
+
+def test_a_failed_slide_is_a_row_and_is_tried_again(study, tmp_path):
+    table = study.cohort.table
+    slides = tmp_path / "slides"
+    shutil.copytree(table.parent, slides)
+    broken = slides / "slides" / sorted(path.name for path in (slides / "slides").iterdir())[0]
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no slide")
+    study = study.model_copy(update={"cohort": study.cohort.model_copy(update={"table": slides / table.name})})
+    run = _tiled(study, tmp_path)
+    plan = make_plan(run)
+    (job,) = [job for job in plan.of("tile") if job.state != "current"]
+    assert job.state == "failed"
+    receipt = read_receipt(receipt_path(study.out, "tile", job.group))
+    (failed,) = receipt.failed
+    assert broken.stem.startswith(failed.slide_id)
+    assert str(tmp_path) not in failed.reason
+    broken.write_bytes(whole)
+    write_plan(study.out, make_plan(run))
+    plan_study(study)
+    assert run_job(study.out, "tile", job.group) == ExitCode.DONE
+    assert not read_receipt(receipt_path(study.out, "tile", job.group)).failed
+
+
+def test_jobs_want_the_settings_that_were_planned(study, tmp_path):
+    with pytest.raises(UsageError, match=r"nothing is planned|no study.yaml"):
+        run_job(study.out, "tile", "1-of-4")
+    plan_study(study)
+    assert read_plan(study.out) == make_plan(begin(study))
+    with pytest.raises(UsageError, match="not those that were planned"):
+        run_job(study.out, "tile", "1-of-4", ["tile.jpeg_quality=80"])
+    with pytest.raises(UsageError, match="no job tile 9-of-9"):
+        run_job(study.out, "tile", "9-of-9")
+    with pytest.raises(UsageError, match="has not run"):
+        run_job(study.out, "report")
+
+
+def test_a_stage_that_does_not_exist(study):
+    with pytest.raises(UsageError, match="there is no stage 'train'"):
+        run_study(study, RunOptions(until="train"))
+
+
+@pytest.mark.long
+def test_jobs_one_by_one_make_what_one_process_makes(tmp_path, cohort_table):
+    made = {}
+    for name in ("whole", "jobs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.yaml").write_text(STUDY.format(out="out", table=cohort_table))
+        study = load_study(tmp_path / name / "study.yaml", [GROUPS])
+        if name == "whole":
+            assert run_study(study) == ExitCode.DONE
+        else:
+            plan_study(study)
+            for job in reversed(read_plan(study.out).of("tile")):
+                run_job(study.out, "tile", job.group)
+            for job in read_plan(study.out).jobs:
+                run_job(study.out, job.stage, job.group)
+        (study.out / "receipts" / "plan.json").unlink()
+        made[name] = {part: content_digest(study.out / part) for part in COMPARED}
+        assert {job.state for job in make_plan(begin(study)).jobs} == {"current"}
+    assert made["whole"] == made["jobs"]
+    assert all(receipt.all_artifacts for receipt in read_receipts(tmp_path / "jobs" / "out") if receipt.stage != "check")
