@@ -28,7 +28,7 @@ from pathfm.workers import ProcessName
 
 RECORDS = frozenset(
     {"record.json", "record-*.json", "timing.csv", "events-*.jsonl", "state.json", "shard-*.safetensors", "events.out.*"}
-    | {"training.html"}
+    | {"training.html", "[0-9]*Z-*.json"}
 )
 """Names of files that tell when, where and how fast, or serve to go on (checkpoints, whose files depend on the number of
 processes); they are no content and take no part in digests."""

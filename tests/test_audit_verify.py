@@ -1,0 +1,143 @@
+"""A byte that differs is found in every kind of artifact, and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from pathfm.errors import UsageError
+from pathfm.events import Events
+from pathfm.run_manifest import RunManifest
+from pathfm.store.commit import content_digest
+from pathfm.store.receipts import Receipt, SlideReceipt, write_receipt
+from pathfm.verification import verify
+
+
+def _sha(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def study(out):
+    """What a study leaves, as far as it is hashed."""
+    _write(out / "tiles/spec/a.zarr/zarr.json", "{}")
+    _write(out / "tiles/spec/a.zarr/pixels/0", "pixels")
+    _write(out / "features/spec/enc/a.h5", "features")
+    _write(out / "mil/predictions.csv", "slide_id\n")
+    _write(out / "encoder/own/teacher/model.safetensors", "weights")
+    _write(out / "report/index.html", "page")
+    made = {name: {name: content_digest(out / name)} for name in ("encoder/own/teacher", "report/index.html", "mil")}
+    for stage, path in (("tile", "tiles/spec/a.zarr"), ("extract", "features/spec/enc/a.h5")):
+        slide = SlideReceipt("a", "done", artifacts={path: content_digest(out / path)})
+        write_receipt(out, Receipt(stage, "1-of-1", "f", slides=(slide, SlideReceipt("b", "failed", "broken"))))
+    write_receipt(out, Receipt("pretrain", "all", "f", artifacts=made["encoder/own/teacher"]))
+    write_receipt(out, Receipt("mil", "all", "f", artifacts=made["mil"]))
+    write_receipt(out, Receipt("report", "all", "f", artifacts=made["report/index.html"]))
+    return [path for path in out.rglob("*") if path.is_file()]
+
+
+def bundle(out):
+    """Two files, and the list of their hashes."""
+    files = {"members/a.safetensors": _sha(_write(out / "members/a.safetensors", "w")), "card": _sha(_write(out / "card", "x"))}
+    _write(out / "bundle.json", json.dumps({"format": "pathfm-bundle", "version": 1, "files": files}))
+    return [out / name for name in files]
+
+
+def encoder(out):
+    """Weights and the list of what they have seen."""
+    weights, manifest = _write(out / "model.safetensors", "w"), _write(out / "manifest.csv", "slide\n")
+    _write(out / "card.json", json.dumps({"weights_sha256": _sha(weights), "manifest_sha256": _sha(manifest)}))
+    return [weights, manifest]
+
+
+def outbox(out):
+    """Results of two slides, which the events tell of."""
+    with Events(out) as events:
+        for name in ("a", "b"):
+            folder = out / "results" / name
+            files = {
+                "predictions.csv": _sha(_write(folder / "predictions.csv", "p")),
+                "x/h.png": _sha(_write(folder / "x/h.png", "h")),
+            }
+            result = _write(folder / "result.json", json.dumps({"files": files, "slide_id": name}))
+            events.write("result_written", stage="batch", slide_id=name, result=_sha(result))
+    return [path for path in (out / "results").rglob("*") if path.is_file()]
+
+
+def recorded(out):
+    """What a manifest names as the outputs of a command."""
+    with RunManifest(out, "mil predict") as manifest:
+        manifest.outputs(_write(out / "predictions.csv", "p"))
+    return [out / "predictions.csv"]
+
+
+KINDS = (study, bundle, encoder, outbox, recorded)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_every_byte_counts(tmp_path, make, capsys):
+    protected = make(tmp_path / "x")
+    assert verify(tmp_path / "x") == 0
+    first = capsys.readouterr().out
+    assert "everything is what it was" in first
+    for path in protected:
+        whole = path.read_bytes()
+        is_receipt = path.parts[-3] == "receipts"  # its last byte ends the line and says nothing
+        for changed in (bytes([whole[0] ^ 1]) + whole[1:], whole[: -2 if is_receipt else -1]):
+            path.write_bytes(changed)
+            assert verify(tmp_path / "x") == 3, path
+        told = capsys.readouterr().out
+        assert "  " in told
+        path.unlink()
+        # Without its receipt nothing says what a job made; the run manifest does, which `audit` looks after.
+        assert verify(tmp_path / "x") == (0 if is_receipt or path.name == "result.json" else 3), path
+        path.write_bytes(whole)
+    capsys.readouterr()
+    assert verify(tmp_path / "x") == 0
+    assert capsys.readouterr().out == first
+
+
+def test_differences_are_named_by_stage(tmp_path, capsys):
+    study(tmp_path / "x")
+    (tmp_path / "x/tiles/spec/a.zarr/pixels/0").write_text("pixelz")
+    (tmp_path / "x/features/spec/enc/a.h5").unlink()
+    assert verify(tmp_path / "x") == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert "  tiles/spec/a.zarr: differs from what was made" in lines
+    assert "  features/spec/enc/a.h5: missing" in lines
+    assert [line.partition(":")[0] for line in lines if "content" in line] == ["tile", "pretrain", "extract", "mil", "report"]
+    assert lines[-1] == "verify: 2 problems"
+
+
+def test_a_receipt_that_fits_a_changed_artifact_is_noted(tmp_path, capsys):
+    out = tmp_path / "x"
+    study(out)
+    with RunManifest(out, "run"):
+        pass
+    assert verify(out) == 0
+    assert "note" not in capsys.readouterr().out
+    _write(out / "report/index.html", "another page")
+    write_receipt(
+        out, Receipt("report", "all", "f", artifacts={"report/index.html": content_digest(out / "report/index.html")})
+    )
+    assert verify(out) == 0
+    assert "note: receipts/report/all.json: of other content than when the last" in capsys.readouterr().out
+
+
+def test_strangers_among_results(tmp_path, capsys):
+    outbox(tmp_path / "x")
+    _write(tmp_path / "x/results/a/more.txt", "x")
+    assert verify(tmp_path / "x") == 3
+    assert "  results/a/more.txt: does not belong there" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(UsageError, match="nothing here says"):
+        verify(tmp_path)
