@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
 
 OF_ENCODER = (
+    "encoder_sha256",
     "also",
     "weights",
     "pooling",

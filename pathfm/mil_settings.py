@@ -67,6 +67,8 @@ class SplitSettings(Settings):
     """Monte Carlo: share of the patients in a test part."""
     file: Path | None = None
     """Scheme file: splits.json of an earlier run."""
+    keep: bool = True
+    """Patients of an earlier run (splits.json) keep their places as the cohort grows; false: the cohort is cut anew."""
     leaks: Literal["refuse", "merge"] = "refuse"
     """What happens when different patients share files, pictures or features: refuse with the list; merge: keep them on one
     side of every split."""

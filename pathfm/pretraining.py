@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from pathfm.config import fingerprint
+from pathfm.encoder_pin import Stores, counted, encoder_fingerprint, trainable, weights_digest
 from pathfm.errors import StoreError, UsageError
+from pathfm.faults import crash_point
 from pathfm.log import say
-from pathfm.pretrain_settings import PATH_SCHEMES
-from pathfm.store.manifest import file_digest
-from pathfm.store.tile_store import open_tiles
+from pathfm.store.commit import read_json, recover
+from pathfm.store.lease import Leases, holder
+from pathfm.store.manifest import CARD
+from pathfm.store.pinned import Pinned, PinnedSlide, read_pinned, write_pinned
+from pathfm.store.tile_store import TileStore, open_tiles
 from pathfm.workflow import Run, stores_of
 
+__all__ = ["encoder_folder", "pretrain_fingerprint", "run_pretraining", "weights_digest"]
+
 PAGE = "training.html"
+Facts = Mapping[str, Mapping[str, str]]
+
+
+class PretrainInputs(NamedTuple):
+    """What the study's own encoder is, or will be, pretrained on.
+
+    Attributes:
+        slides: by slide_id, in order.
+        paths: tile stores of those that are there now.
+        fingerprint: of the encoder.
+        newcomers: slides with tiles that are not in the frozen list, sorted.
+    """
+
+    slides: Mapping[str, PinnedSlide]
+    paths: Mapping[str, Path]
+    fingerprint: str
+    newcomers: tuple[str, ...]
 
 
 def run_pretraining(run: Run) -> None:
@@ -21,29 +47,91 @@ def run_pretraining(run: Run) -> None:
     from pathfm.pretrain.stage import run_pretrain
     from pathfm.report.pretrain_page import write_pretrain_page
 
-    folder, paths = encoder_folder(run), list(pretraining_stores(run).values())
+    inputs = pretrain_inputs(run)
+    folder, paths = _folder(run, inputs.fingerprint), list(inputs.paths.values())
     patient_of = {row.slide_id: row.patient_id for row in run.cohort.rows}
-    report = run_pretrain(run.study, paths, folder, pretrain_fingerprint(run), sampling_facts(run), patient_of)
+    with _alone(folder, run.study.compute.lease_s) if process_rank() == 0 else nullcontext():
+        if process_rank() == 0:
+            _freeze(run, inputs)
+        report = run_pretrain(run.study, paths, folder, inputs.fingerprint, sampling_facts(run), patient_of)
+    run.encoder = folder
     if process_rank() == 0:
         run.note(report)
+        if inputs.newcomers:
+            many = f"{len(inputs.newcomers)} slides are not in the list that the encoder was pretrained on"
+            say(f"{many}; --retrain-encoder adds them")
         if not report.did_nothing or not (folder / PAGE).is_file():
             say(f"page: {write_pretrain_page(folder, folder / PAGE)}")
 
 
+@contextmanager
+def _alone(folder: Path, lease_s: float) -> Iterator[None]:
+    """The right to train an encoder. A job whose engine was killed may still be at it: it is waited for, not doubled."""
+    with Leases(lease_s) as leases:
+        if leases.take(folder) is None:
+            say(f"{folder.name} is being pretrained ({holder(folder)}): waiting")
+            next(leases.each([folder], lambda it: it, lambda it: False))
+        yield
+
+
 def pretraining_stores(run: Run) -> dict[str, Path]:
-    """The tile stores that pretraining sees, by slide: all, or without those of patients that are kept for judging.
+    """The tile stores that pretraining sees, by slide: those of the frozen list, without patients who are kept for judging.
 
     Raises:
         StoreError: there are none.
     """
-    from pathfm.mil.held_out import held_out_slides
+    return dict(pretrain_inputs(run).paths)
 
-    out = held_out_slides(run.study, run.cohort)
-    stores = {slide_id: path for slide_id, path in sorted(stores_of(run).items()) if slide_id not in out}
-    if not stores:
+
+def pretrain_inputs(run: Run) -> PretrainInputs:
+    """The slides of the encoder as they are now; every process of a run comes to the same.
+
+    Raises:
+        StoreError: there are none.
+    """
+    pinned, out = read_pinned(run.layout.out), _held_out(run)
+    paths = _present(run, pinned, out)
+    present = {slide_id: open_tiles(path).fingerprint for slide_id, path in paths.items()}
+    kept, facts, digest = _settled(run, pinned, present, out)
+    if not kept:
         fix = "run `pathfm tile`, and see its record for the reasons"
+        if present:
+            fix = "all slides of the list that the encoder was pretrained on are gone: --retrain-encoder makes a new one"
         raise StoreError("no slide has tiles", where=str(run.layout.tiles), fix=fix)
-    return stores
+    slides = {slide_id: PinnedSlide(store, facts.get(slide_id, {})) for slide_id, store in sorted(kept.items())}
+    newcomers = tuple(sorted(present.keys() - kept.keys()))
+    return PretrainInputs(slides, {slide_id: paths[slide_id] for slide_id in slides if slide_id in paths}, digest, newcomers)
+
+
+def planned_encoder_fingerprint(run: Run, planned: Mapping[str, tuple[str, str]]) -> str | None:
+    """The encoder's fingerprint before tiles are made; None when it depends on tiles that there are not yet.
+
+    Args:
+        run: the study; its tile stores are only looked at where the list does not say enough.
+        planned: slide_id -> the two fingerprints that its store may have, of the slides that can be read.
+    """
+    pinned, out, present = read_pinned(run.layout.out), _held_out(run), dict[str, str]()
+    listed = pinned.slides if pinned else {}
+    for slide_id in [row.slide_id for row in run.cohort.rows if row.slide_id not in out]:
+        slide = listed.get(slide_id)
+        if listed and slide is None:
+            continue
+        store = _planned_store(run, slide_id, planned.get(slide_id, ()), slide)
+        if store is None:
+            return None
+        present |= {slide_id: store} if store else {}
+    return _settled(run, pinned, present, out)[2]
+
+
+def reopen_list(run: Run) -> None:
+    """What ``--retrain-encoder`` does: the list is open, and the next pretraining makes it of the slides that there are.
+
+    Whatever process comes next sees it so. Who was held out stays held out.
+    """
+    pinned = read_pinned(run.layout.out)
+    if pinned and pinned.slides:
+        write_pinned(run.layout.out, replace(pinned, slides={}))
+    run.encoder = None
 
 
 def sampling_facts(run: Run) -> dict[str, dict[str, str]]:
@@ -59,23 +147,81 @@ def sampling_facts(run: Run) -> dict[str, dict[str, str]]:
 
 def pretrain_fingerprint(run: Run) -> str:
     """Of everything that the encoder depends on."""
-    from pathfm.pretrain import VERSION
-
-    stores = pretraining_stores(run)
-    inputs = {slide_id: open_tiles(path).fingerprint for slide_id, path in stores.items()}
-    facts = {slide_id: row for slide_id, row in sampling_facts(run).items() if slide_id in stores}
-    settings = run.study.pretrain
-    weights = [_weights_digest(name) for name in (settings.init, settings.teacher)]
-    return fingerprint({"version": VERSION, "stores": inputs, "facts": facts, "weights": weights}, settings.decisive())
-
-
-def _weights_digest(name: str | None) -> str:
-    """Of the file behind a name that is a path: other weights under the same name make another encoder."""
-    scheme, _, rest = (name or "").partition(":")
-    file = Path(rest, "model.safetensors") if scheme == "local-dir" else Path(rest)
-    return file_digest(file) if scheme in PATH_SCHEMES and file.is_file() else ""
+    return pretrain_inputs(run).fingerprint
 
 
 def encoder_folder(run: Run) -> Path:
     """Folder of the encoder that the study pretrains."""
-    return run.layout.encoder(run.study.pretrain.backbone, pretrain_fingerprint(run))
+    return _folder(run, pretrain_fingerprint(run))
+
+
+def _folder(run: Run, digest: str) -> Path:
+    return run.layout.encoder(run.study.pretrain.backbone, digest)
+
+
+def _held_out(run: Run) -> frozenset[str]:
+    from pathfm.mil.held_out import held_out_slides
+
+    return held_out_slides(run.study, run.cohort)
+
+
+def _settled(run: Run, pinned: Pinned | None, present: Stores, out: frozenset[str]) -> tuple[dict[str, str], Facts, str]:
+    """The slides of the encoder in use or, where that is not finished, of the next one; facts of all; the fingerprint."""
+    from pathfm.tile.stage import tile_settings_digest
+
+    before = {slide_id: slide.facts for slide_id, slide in pinned.slides.items() if slide.facts} if pinned else {}
+    facts: Facts = {**before, **sampling_facts(run)}
+    kept = counted(pinned, present, tile_settings_digest(run.study.tile), out)
+    digest = encoder_fingerprint(kept, facts, run.study.pretrain)
+    if not _is_finished(_folder(run, digest), digest):
+        kept = trainable(pinned, present)
+        digest = encoder_fingerprint(kept, facts, run.study.pretrain)
+    return kept, facts, digest
+
+
+def _is_finished(folder: Path, digest: str) -> bool:
+    teacher = folder / "teacher"
+    recover(teacher)
+    return (teacher / CARD).is_file() and read_json(teacher / CARD).get("fingerprint") == digest
+
+
+def _present(run: Run, pinned: Pinned | None, out: frozenset[str]) -> dict[str, Path]:
+    """Tile stores that may be learned from: those that are up to date, and those of the list whose slide cannot be read."""
+    paths = {slide_id: path for slide_id, path in stores_of(run).items() if slide_id not in out}
+    for row in run.cohort.rows if pinned else ():
+        slide = pinned.slides.get(row.slide_id) if pinned else None
+        if slide is None or row.slide_id in paths or row.slide_id in out:
+            continue
+        store = _store(run, row.slide_id)
+        if store is not None and store.fingerprint == slide.store and len(store) and store.is_whole():
+            paths[row.slide_id] = store.path
+    return dict(sorted(paths.items()))
+
+
+def _store(run: Run, slide_id: str) -> TileStore | None:
+    try:
+        return open_tiles(run.layout.store(slide_id))
+    except StoreError:
+        return None
+
+
+def _planned_store(run: Run, slide_id: str, possible: tuple[str, ...], slide: PinnedSlide | None) -> str | None:
+    """The fingerprint that a slide's store will have; empty text: it will have no tiles; None: nobody knows yet."""
+    if slide is not None and slide.store in possible:
+        return slide.store
+    store = _store(run, slide_id)
+    if store is not None and store.fingerprint in (possible or ((slide.store,) if slide else ())):
+        return store.fingerprint if len(store) else ""
+    return None if possible else ""
+
+
+def _freeze(run: Run, inputs: PretrainInputs) -> None:
+    """Writes the list before anything is learned from it: a run that was killed goes on with the same slides."""
+    from pathfm.mil.held_out import held_out_patients
+    from pathfm.tile.stage import tile_settings_digest
+
+    held_out = tuple(sorted(held_out_patients(run.study, run.cohort))) if _held_out(run) else ()
+    pinned = Pinned(tile_settings_digest(run.study.tile), inputs.slides, held_out)
+    if read_pinned(run.layout.out) != pinned:
+        write_pinned(run.layout.out, pinned)
+    crash_point("pretraining.frozen")

@@ -291,7 +291,7 @@ def _serve(function: Callable[[Item], Result], connection: Connection) -> None:
     """The worker: for each item, an empty list when it starts and a list with the outcome when it is done."""
     # Ctrl-C reaches the whole process group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has gone
         while True:
             item: Item = connection.recv()
@@ -304,7 +304,8 @@ def _serve(function: Callable[[Item], Result], connection: Connection) -> None:
                 connection.send([_internal(error)])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it has ended, however that ends: for a thread of its own."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

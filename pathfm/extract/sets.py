@@ -17,7 +17,7 @@ from pathfm.extract.stream import DeviceEncode
 from pathfm.extract.tiles import HostEncode
 from pathfm.geometry import effective_mpp
 from pathfm.models.cards import find_card
-from pathfm.models.encoders import TileEncoder, load_encoder
+from pathfm.models.encoders import TileEncoder, check_pinned, load_encoder
 from pathfm.store.dense_store import read_dense_attrs
 from pathfm.store.feature_file import read_feature_attrs
 from pathfm.store.layout import Layout
@@ -137,13 +137,16 @@ def load_sets(study: Study, layout: Layout, own: Path | None, device: torch.devi
         device: where encoders run.
 
     Raises:
-        UsageError: no such encoder, or its weights are not to be had here, or the study has none of its own yet.
+        UsageError: no such encoder, or its weights are not to be had here or not those that the settings name by hash, or the
+            study has none of its own yet.
     """
     settings = study.extract
     make = partial(_feature_set, layout=layout, dtype=settings.dtype)
     sets: list[FeatureSet] = []
     encoders: dict[str, TileEncoder] = {}
     for role, (label, name) in _encoder_names(settings, own).items():
+        if role == MAIN and (pinned := settings.encoder_sha256):
+            check_pinned(name, pinned)
         encoders[role] = load_encoder(name, _settings_of(role, settings), device, compiled=study.compute.compile)
         sets.append(make(role, label, {**asdict(encoders[role].recipe), "encoder": label}))
     on_device: dict[int, DeviceEncode] = {number: encoder.features for number, encoder in enumerate(encoders.values())}

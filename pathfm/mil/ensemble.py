@@ -30,7 +30,7 @@ from pathfm.mil_settings import MilSettings
 from pathfm.stats.seeds import derive_seed
 from pathfm.store.commit import commit_file, read_json, write_json
 
-VERSION = 3
+VERSION = 4
 """Raised whenever the same bags and settings give other weights."""
 
 Floats = NDArray[np.float64]

@@ -14,16 +14,19 @@ from numpy.typing import NDArray
 
 from pathfm.config import fingerprint
 from pathfm.errors import UsageError
+from pathfm.log import say
 from pathfm.mil.bags import Bags
 from pathfm.mil.ensemble import FoldPlaces, tested_places
 from pathfm.mil.feature_cache import FeatureCache
 from pathfm.mil.groupings import find_groupings
+from pathfm.mil.grown_splits import changed_settings
 from pathfm.mil.held_out import held_out_patients
 from pathfm.mil.inputs import Gathered, MilInputs, gather
 from pathfm.mil.leaks import Leak, SlideTrace, check_leaks, find_leaks, together
 from pathfm.mil.roster import Unit, all_columns, check_cohort, make_units, patient_ids, said_label, stratum_of
+from pathfm.mil.saved_splits import kept_splits
 from pathfm.mil.seen import Seen, look_for_seen
-from pathfm.mil.splits import Splits, make_splits, patient_facts
+from pathfm.mil.splits import Splits, held_out_splits, make_splits, patient_facts
 from pathfm.mil.tasks import TaskSet, make_tasks
 from pathfm.mil_settings import MilSettings
 from pathfm.stats.folds import Fold, held_out_fold
@@ -111,8 +114,8 @@ class Plan:
         """Of everything that decides the results besides the features of the controls."""
         truth = {slide_id: hashlib.sha256(values.tobytes()).hexdigest() for slide_id, values in self.gathered.truth.items()}
         return fingerprint(
-            # Where files lie is not what they hold.
-            self.settings.model_dump(mode="json", exclude={"features": True, "split": {"file"}}),
+            # Where files lie is not what they hold, and what is kept of earlier splits is in the splits.
+            self.settings.model_dump(mode="json", exclude={"features": True, "split": {"file", "keep"}}),
             self.study.report,
             [[unit.unit_id, unit.patient_id, unit.specimen_id, dict(unit.labels), *unit.slide_ids] for unit in self.units],
             [self.bags.digest(place) for place in range(len(self.units))],
@@ -150,8 +153,9 @@ def make_plan(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCac
     leaks = (*find_leaks(_traces(gathered, patients)), *groupings.leaks)
     seen = look_for_seen(study, cohort, inputs.stores_dir, inputs.encoder_dir)
     strata = stratum_of(units, _strata(tasks, target_BT))
+    before = kept_splits(inputs.mil_dir, study.mil)
     splits = (
-        _own_split(study, cohort, strata, together(leaks))
+        _own_split(study, cohort, strata, together(leaks), before)
         if _is_own_split(study, seen)
         else make_splits(
             strata,
@@ -159,8 +163,12 @@ def make_plan(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCac
             together(leaks) if study.mil.split.leaks == "merge" else (),
             study.mil,
             tasks.main.kind,
+            before,
         )
     )
+    if before is not None and before.folds != splits.folds:
+        changed = ", ".join(changed_settings(before, splits))
+        say(f"splits: {splits.origin or f'cut anew, since other settings made the earlier ones ({changed})'}")
     gathered.notes += check_leaks(leaks, splits.folds, study.mil.split.leaks)
     left_out = seen.left_out()
     places = tuple(fold_places(fold, units, left_out) for fold in splits.folds)
@@ -221,7 +229,9 @@ def _is_own_split(study: Study, seen: Seen) -> bool:
     return seen.rule == "exclude" and study.has_own_encoder
 
 
-def _own_split(study: Study, cohort: Cohort, strata: Mapping[str, str], joined: Collection[frozenset[str]]) -> Splits:
+def _own_split(
+    study: Study, cohort: Cohort, strata: Mapping[str, str], joined: Collection[frozenset[str]], before: Splits | None
+) -> Splits:
     """The split before pretraining; if leaks are merged, nobody who shares data with a tested patient is learned from."""
     settings, test = study.mil, held_out_patients(study, cohort)
     dropped = {patient for group in joined if group & test for patient in group - test}
@@ -230,7 +240,7 @@ def _own_split(study: Study, cohort: Cohort, strata: Mapping[str, str], joined: 
     learned = {patient: stratum for patient, stratum in strata.items() if patient not in dropped}
     fold = held_out_fold(learned, test, settings.inner_fraction, settings.seed)
     notes = (f"not learned from, because they share data with patients who are tested: {', '.join(sorted(dropped))}",)
-    return Splits((fold,), "held out before pretraining", {}, settings.seed, ("held out",), notes if dropped else ())
+    return held_out_splits(fold, learned, settings, notes if dropped else (), before)
 
 
 def _check_judged(plan: Plan, left_out: Collection[str]) -> None:

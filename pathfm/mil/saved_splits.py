@@ -12,9 +12,12 @@ from typing import Any
 
 from pathfm.config import bullet_list
 from pathfm.errors import StoreError, UsageError
+from pathfm.mil_settings import MilSettings
 from pathfm.stats.folds import Fold, folds_record
 from pathfm.store.commit import read_json
 
+SPLITS = "splits.json"
+"""The file of the splits in the folder of the mil stage."""
 PARTS = ("train", "validation", "test")
 SIDES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 """Values of the column ``split``, whatever their case; or fold numbers from 0 on."""
@@ -33,6 +36,7 @@ class Splits:
         seed: of ``mil.seed``.
         names: of the folds, in words.
         notes: what a reader of the numbers has to know.
+        origin: the earlier splits that these extend, in words; empty: the cohort was cut as it is.
     """
 
     folds: tuple[Fold, ...]
@@ -41,6 +45,7 @@ class Splits:
     seed: int
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    origin: str = ""
 
     @property
     def hash(self) -> str:
@@ -50,7 +55,7 @@ class Splits:
     def record(self) -> dict[str, Any]:
         """JSON-ready; as ``splits.json`` it is what ``read_splits`` reads."""
         about = {"scheme": self.scheme, "settings": dict(self.settings), "names": list(self.names), "notes": list(self.notes)}
-        return {**folds_record(self.folds, self.seed), **about}
+        return {**folds_record(self.folds, self.seed), **about, "origin": self.origin}
 
 
 def read_splits(path: Path, patient_of: Mapping[str, str] | None = None) -> Splits:
@@ -77,6 +82,22 @@ def read_splits(path: Path, patient_of: Mapping[str, str] | None = None) -> Spli
     return splits
 
 
+def kept_splits(mil_dir: Path, settings: MilSettings) -> Splits | None:
+    """The splits of an earlier run in this folder, whose patients keep their places; None: none, or they are not to be kept.
+
+    Raises:
+        UsageError: they were changed since, or put a patient on two sides.
+    """
+    path = mil_dir / SPLITS
+    if not settings.split.keep or not path.is_file():
+        return None
+    try:
+        return read_splits(path)
+    except UsageError as error:
+        fix = "put the file of the earlier run back; or delete it, and the cohort is cut anew"
+        raise UsageError(error.what, where=str(path), fix=fix) from error
+
+
 def _read_json(path: Path) -> Splits:
     try:
         found = read_json(path)
@@ -84,7 +105,7 @@ def _read_json(path: Path) -> Splits:
         folds, seed = tuple(Fold(**fold) for fold in parts), int(found["seed"])
         names = tuple(found.get("names", ())) or tuple(f"fold {number}" for number in range(len(folds)))
         about = str(found.get("scheme", "folds")), found.get("settings", {})
-        splits = Splits(folds, *about, seed, names, tuple(found.get("notes", ())))
+        splits = Splits(folds, *about, seed, names, tuple(found.get("notes", ())), str(found.get("origin", "")))
     except (StoreError, KeyError, TypeError, ValueError) as error:
         reason = error.what if isinstance(error, StoreError) else "not the splits of an earlier run"
         raise UsageError(reason, where=path.name, fix="give splits.json of an earlier run as mil.split.file") from error

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from pathfm.config import bullet_list, did_you_mean
 from pathfm.errors import UsageError
+from pathfm.mil.grown_splits import Recut, changed_settings, grown_cut, origin_of
+from pathfm.mil.roster import label_columns
 from pathfm.mil.saved_splits import PARTS, SIDES, Splits, named, read_splits
 from pathfm.mil_settings import MilSettings
 from pathfm.stats.folds import (
@@ -27,10 +29,11 @@ from pathfm.stats.folds import (
     monte_carlo_folds,
     stratified_group_folds,
 )
+from pathfm.stats.grown_folds import Growth
 from pathfm.stats.seeds import derive_seed
 from pathfm.store.cohort import SlideRow
 
-__all__ = ["PatientFacts", "Splits", "make_splits", "patient_facts", "read_splits"]
+__all__ = ["PatientFacts", "Splits", "held_out_splits", "make_splits", "patient_facts", "read_splits"]
 
 CLASS_KINDS = frozenset({"binary", "multiclass", "ordinal"})
 """Tasks whose strata are classes, all of which every part should hold."""
@@ -90,6 +93,7 @@ def make_splits(
     together: Iterable[frozenset[str]],
     settings: MilSettings,
     kind: str | None = None,
+    before: Splits | None = None,
 ) -> Splits:
     """The folds of a cohort by ``settings.split``.
 
@@ -100,6 +104,7 @@ def make_splits(
         settings: scheme, folds, inner fraction and seed.
         kind: of the main task, when ``settings.kind`` is auto; strata of regression, survival and multilabel tasks are joined
             where they are small.
+        before: of an earlier run: where the same settings made them, their patients keep their places, and others are dealt.
 
     Raises:
         UsageError: too few patients of a class or sites, a column or file that puts a patient on two sides, tears patients who
@@ -110,12 +115,57 @@ def make_splits(
     known = {patient: facts.get(patient, PatientFacts()) for patient in sorted(stratum_of)}
     case = _Case(stratum_of, known, tuple(together), settings, by_class)
     cut = SCHEMES[settings.split.scheme](case)
-    for fold in cut.folds:
+    fresh = Splits(cut.folds, settings.split.scheme, _about(case), settings.seed, cut.names)
+    splits = _kept(case, fresh, before) if before else fresh
+    for fold in splits.folds:
         check_together([fold.train, fold.validation, fold.test], case.together)
-    notes = (*cut.notes, *_together_notes(case), *_check_strata(case, cut), *_coverage(case, cut.folds))
-    about = {"folds": settings.folds, "inner_fraction": settings.inner_fraction, "together": len(case.together)}
-    about |= settings.split.model_dump(mode="json", exclude={"scheme", "file"})
-    return Splits(cut.folds, settings.split.scheme, about, settings.seed, cut.names, notes)
+    cut = cut._replace(folds=splits.folds)
+    origin = (splits.origin,) if splits.origin else ()
+    notes = (*origin, *cut.notes, *_together_notes(case), *_check_strata(case, cut), *_coverage(case, cut.folds))
+    return replace(splits, notes=notes)
+
+
+def held_out_splits(
+    fold: Fold, stratum_of: Mapping[str, str], settings: MilSettings, notes: tuple[str, ...], before: Splits | None
+) -> Splits:
+    """The one fold of a study whose test part was decided before pretraining; learners of an earlier run keep their sides.
+
+    Args:
+        fold: as it is cut without an earlier run.
+        stratum_of: patient -> stratum of everyone in it.
+        settings: inner fraction and seed.
+        notes: what a reader has to know.
+        before: of an earlier run.
+    """
+    case = _Case(stratum_of, {}, (), settings, True)
+    about = {"inner_fraction": settings.inner_fraction, "label": list(label_columns(settings))}
+    fresh = Splits((fold,), "held out before pretraining", about, settings.seed, ("held out",))
+    splits = _kept(case, fresh, before) if before else fresh
+    return replace(splits, notes=(*((splits.origin,) if splits.origin else ()), *notes))
+
+
+def _about(case: _Case) -> dict[str, object]:
+    """What folds depend on besides the patients, the scheme and the seed, and what they were cut with."""
+    settings = case.settings
+    about: dict[str, object] = {
+        "folds": settings.folds,
+        "inner_fraction": settings.inner_fraction,
+        "together": len(case.together),
+    }
+    about |= {"label": list(label_columns(settings))}
+    return about | settings.split.model_dump(mode="json", exclude={"scheme", "file", "keep"})
+
+
+def _kept(case: _Case, fresh: Splits, before: Splits) -> Splits:
+    """The splits with everyone of an earlier run where they were; ``fresh`` where other settings made those."""
+    if changed_settings(before, fresh):
+        return fresh
+    settings, patients = case.settings, sorted(case.stratum_of)
+    blocks = [frozenset(members) for members in _sites(case)[0].values()] if fresh.scheme == "site-preserved" else []
+    growth = Growth(case.stratum_of, case.together, settings.seed, settings.folds, case.classes)
+    cut = Recut(fresh.folds, fresh.names, settings.inner_fraction, settings.split.test_fraction)
+    folds = grown_cut(fresh.scheme, before, cut, growth, blocks)
+    return replace(fresh, folds=folds, origin=origin_of(before, folds, patients))
 
 
 def _folds(case: _Case) -> _Cut:
@@ -269,7 +319,8 @@ def _check_strata(case: _Case, cut: _Cut) -> list[str]:
             if not patients or (part == "train" and absent):
                 purpose = {"train": "learn from", "validation": "stop by", "test": "test"}[part]
                 what = f"{name} leaves no patient {'of ' + named(absent) + ' ' if absent else ''}to {purpose}"
-                raise UsageError(what, where="mil.split", fix="use another scheme, or leave these patients out")
+                fix = "use another scheme, leave these patients out, or cut the cohort anew with mil.split.keep=false"
+                raise UsageError(what, where="mil.split", fix=fix)
             notes += [f"{name}: its {part} part has no {named(absent)}"] if absent else []
     return notes
 

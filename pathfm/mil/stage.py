@@ -24,6 +24,7 @@ from pathfm.mil.network import build_network, spec_of
 from pathfm.mil.outputs import Looker, write_patients, write_predictions, write_table
 from pathfm.mil.plan import Plan, make_plan
 from pathfm.mil.results import Results, gather_results
+from pathfm.mil.saved_splits import SPLITS
 from pathfm.mil.searching import chosen_settings
 from pathfm.mil.seen import HEADER, check_refusal
 from pathfm.stats.metrics import roc_curve
@@ -37,7 +38,7 @@ __all__ = ["VERSION", "MilInputs", "run_mil"]
 
 SEEN, REFUSED = "seen.csv", "refused.csv"
 """What the encoder has seen of these slides; and the same, where numbers were refused for it."""
-TABLES = ("metrics.json", "splits.json", "predictions.csv", "patients.csv", "curves.csv", "roc.csv", SEEN)
+TABLES = ("metrics.json", SPLITS, "predictions.csv", "patients.csv", "curves.csv", "roc.csv", SEEN)
 OUTPUTS = (*TABLES, "top_tiles.json", "bottom_tiles.json", "attention", "heatmaps", "geojson")
 STATUS = {"no file": "failed", "failed": "failed", "empty": "empty", "no label": "empty"}
 """The outcome of a slide that takes no part, by the kind of its absence."""
@@ -141,7 +142,9 @@ def _report(plan: Plan, used: str) -> StageReport:
 
 def _run(plan: Plan, inputs: MilInputs, cache: FeatureCache, wanted: str) -> None:
     folder = inputs.mil_dir
-    write_json(folder / "splits.json", plan.splits.record())
+    # First of all: a run that was killed goes on with the same folds, whoever has joined the cohort meanwhile.
+    write_json(folder / SPLITS, plan.splits.record())
+    crash_point("mil.stage.after_splits")
     chosen, searched = chosen_settings(plan, inputs)
     models = Models(plan, inputs, chosen)
     with Looker(plan, folder) as looker:

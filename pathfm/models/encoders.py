@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from pathfm.models.calibration import calibration_tiles
 from pathfm.models.fidelity import Arithmetic, Forward, Judged, Precision, judge, wanted_precision
 from pathfm.models.networks import Network, load_network
 from pathfm.models.preprocess import Preprocessing, turns_and_flips
+from pathfm.store.manifest import file_digest
 from pathfm.study import ExtractSettings
 
 Pixels = npt.NDArray[np.uint8]
@@ -237,6 +239,27 @@ def load_encoder(name: str, settings: ExtractSettings, device: torch.device, *, 
         UsageError: no such network, its weights are not to be had here, or what is asked does not go with it.
     """
     return TileEncoder(load_network(name, settings.input_px, settings.weights), settings, device, compiled=compiled)
+
+
+def check_pinned(name: str, sha256: str) -> None:
+    """Refuses an encoder folder whose weights are not those that a study was made for.
+
+    Args:
+        name: ``local-dir:PATH``.
+        sha256: of its ``model.safetensors`` (hex), as ``pathfm inspect`` and the model card of ``pathfm export encoder`` say.
+
+    Raises:
+        UsageError: other weights, or an encoder that is no folder.
+    """
+    scheme, _, place = name.partition(":")
+    file, where = Path(place, "model.safetensors"), "extract.encoder_sha256"
+    if scheme != "local-dir" or not file.is_file():
+        fix = "name a folder with model.safetensors: local-dir:PATH (`pathfm encoders fetch` and `pathfm export` make them)"
+        raise UsageError("only an encoder in a folder can be named by the hash of its file", where=where, fix=fix)
+    found = file_digest(file)
+    if found != sha256.lower():
+        what = f"the encoder is another one: its weights have the SHA-256 {found}, not {sha256}"
+        raise UsageError(what, where=f"{where}: {file.parent.name}", fix="put the encoder back that the study was made with")
 
 
 def weights_sha256(model: nn.Module) -> str:

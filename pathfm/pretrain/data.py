@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from typing import NamedTuple
 
 import cv2
@@ -27,6 +28,7 @@ from pathfm.pretrain.reading import Place, TileReader
 from pathfm.pretrain.schedule import phase_start
 from pathfm.pretrain.views import cut_views, larger_crops
 from pathfm.pretrain_settings import CropSettings, PretrainSettings
+from pathfm.workers import end_with_parent
 
 CROPS, MASKS, COLOUR = range(16, 19)
 """First word of each random key, so that no two kinds of draw share a stream."""
@@ -168,3 +170,5 @@ def _quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # One process per core already; threads inside would only fight over them.
     cv2.setNumThreads(1)
+    # A parent that is killed would leave it waiting for ever, with whatever pipes it has inherited.
+    threading.Thread(target=end_with_parent, daemon=True).start()

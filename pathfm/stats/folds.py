@@ -65,13 +65,13 @@ def stratified_group_folds(
     Raises:
         UsageError: a stratum has too few patients for ``folds`` folds with an inner validation part.
     """
-    dealt = _Dealt.of(stratum_of, together)
-    strata = dealt.strata(lambda count: _enough(count, folds), classes)
+    dealt = Dealt.of(stratum_of, together)
+    strata = dealt.strata(lambda count: enough_patients(count, folds), classes)
     _check_counts(strata, folds, classes, setting)
     test_of: dict[str, int] = {}
     for stratum, patients in strata.items():
         start = len(test_of)  # continue where the last stratum ended, so that fold sizes differ by at most one
-        for position, patient in enumerate(_shuffled(patients, derive_seed("folds", seed, stratum))):
+        for position, patient in enumerate(shuffled(patients, derive_seed("folds", seed, stratum))):
             test_of[patient] = (start + position) % folds
     return tuple(dealt.opened(_fold(number, strata, test_of, inner_fraction, seed)) for number in range(folds))
 
@@ -98,7 +98,7 @@ def monte_carlo_folds(
     Raises:
         UsageError: a stratum has fewer than three patients.
     """
-    dealt = _Dealt.of(stratum_of, together)
+    dealt = Dealt.of(stratum_of, together)
     strata = dealt.strata(lambda count: count >= 3, classes)
     counted = {name: patients for name, patients in strata.items() if name != UNKNOWN}
     if len(counted) < 1 + classes or any(len(patients) < 3 for patients in counted.values()):
@@ -108,8 +108,8 @@ def monte_carlo_folds(
     for number in range(rounds):
         test_of = dict.fromkeys((patient for patients in strata.values() for patient in patients), -1)
         for stratum, patients in strata.items():
-            held = max(0, min(len(patients) - 2, max(1, math.floor(fractions[0] * len(patients) + 0.5))))
-            drawn = _shuffled(patients, derive_seed("monte-carlo", seed, number, stratum))[:held]
+            held = share_of(len(patients), fractions[0], left=2)
+            drawn = shuffled(patients, derive_seed("monte-carlo", seed, number, stratum))[:held]
             test_of.update(dict.fromkeys(drawn, number))
         found.append(dealt.opened(_fold(number, strata, test_of, fractions[1], seed)))
     return tuple(found)
@@ -123,7 +123,7 @@ def given_folds(
     Raises:
         UsageError: patients that must stay together are in and outside of a test part.
     """
-    dealt = _Dealt.of(stratum_of, together)
+    dealt = Dealt.of(stratum_of, together)
     strata = dealt.strata(lambda _: True, True)
     found = []
     for number, test in enumerate(tests):
@@ -151,7 +151,7 @@ def held_out_fold(
         UsageError: a stratum has nobody to test, or fewer than two patients to learn from and to stop by; or patients that
             must stay together are on two sides.
     """
-    strata = _Dealt.of(stratum_of).strata(lambda _: True, True)
+    strata = Dealt.of(stratum_of).strata(lambda _: True, True)
     held = {name: sum(patient in test for patient in patients) for name, patients in strata.items()}
     if len(strata) < 2 or any(not count or len(strata[name]) - count < 2 for name, count in held.items()):
         counts = ", ".join(f"{name}: {count} of {len(strata[name])}" for name, count in held.items())
@@ -167,10 +167,10 @@ def thinned_fold(fold: Fold, stratum_of: Mapping[str, str], share: float, seed: 
     """
 
     def some(name: str, patients: tuple[str, ...]) -> tuple[str, ...]:
-        strata = _Dealt.of({patient: stratum_of[patient] for patient in patients}).strata(lambda _: True, True)
+        strata = Dealt.of({patient: stratum_of[patient] for patient in patients}).strata(lambda _: True, True)
         kept: list[str] = []
         for stratum, members in strata.items():
-            kept += _shuffled(members, derive_seed("share", seed, name, stratum))[: max(1, math.ceil(share * len(members)))]
+            kept += shuffled(members, derive_seed("share", seed, name, stratum))[: max(1, math.ceil(share * len(members)))]
         return tuple(sorted(kept))
 
     return Fold(some("train", fold.train), some("validation", fold.validation), fold.test)
@@ -245,14 +245,20 @@ def folds_record(folds: tuple[Fold, ...], seed: int) -> dict[str, object]:
 
 
 @dataclass(frozen=True)
-class _Dealt:
-    """What is dealt: patients, or for those that stay together the first of them, with stratum and members."""
+class Dealt:
+    """What is dealt: patients, or for those that stay together the first of them, with stratum and members.
+
+    Attributes:
+        stratum_of: first patient -> the rarest stratum among its members.
+        members: first patient -> all who stay together with it, sorted, itself among them.
+    """
 
     stratum_of: Mapping[str, str]
     members: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, stratum_of: Mapping[str, str], together: Together = ()) -> _Dealt:
+    def of(cls, stratum_of: Mapping[str, str], together: Together = ()) -> Dealt:
+        """What is dealt of these patients, who have strata."""
         groups = linked([patient for patient in each if patient in stratum_of] for each in together)
         group_of = {patient: tuple(sorted(group)) for group in groups for patient in group}
         whole = {patient: group_of.get(patient, (patient,)) for patient in sorted(stratum_of)}
@@ -287,15 +293,16 @@ class _Dealt:
         return Fold(*(tuple(sorted(name for leader in part for name in self.members[leader])) for part in parts))
 
 
-def _enough(count: int, folds: int) -> bool:
+def enough_patients(count: int, folds: int) -> bool:
+    """Whether so many patients of a stratum can be cut into folds with an inner validation part."""
     return count >= folds and count - math.ceil(count / folds) >= 2  # one to test, one to stop by, one to learn from
 
 
 def _check_counts(strata: Strata, folds: int, classes: bool, setting: str) -> None:
     sizes = [len(patients) for name, patients in strata.items() if name != UNKNOWN]
-    if len(sizes) >= 1 + classes and all(_enough(size, folds) for size in sizes):
+    if len(sizes) >= 1 + classes and all(enough_patients(size, folds) for size in sizes):
         return
-    possible = [k for k in range(2, folds) if all(_enough(size, k) for size in sizes)]
+    possible = [k for k in range(2, folds) if all(enough_patients(size, k) for size in sizes)]
     fix = "add patients to the small classes" if classes else "add patients"
     if len(sizes) < 1 + classes:
         fix = "two classes or more are needed" if classes else "patients with a target are needed"
@@ -305,11 +312,17 @@ def _check_counts(strata: Strata, folds: int, classes: bool, setting: str) -> No
     raise UsageError(f"too few patients{per} for {folds} folds ({_counts(strata) or 'none'})", where=setting, fix=fix)
 
 
+def share_of(count: int, fraction: float, left: int) -> int:
+    """How many of a stratum's patients go into a part: the fraction, at least one, and ``left`` stay for the others."""
+    return max(0, min(count - left, max(1, math.floor(fraction * count + 0.5))))
+
+
 def _counts(strata: Strata) -> str:
     return ", ".join(f"{name or 'unknown'}: {len(patients)}" for name, patients in strata.items())
 
 
-def _shuffled(patients: list[str], seed: int) -> list[str]:
+def shuffled(patients: list[str], seed: int) -> list[str]:
+    """The patients in an order that depends on the seed."""
     return [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
 
 
@@ -318,8 +331,8 @@ def _fold(number: int, strata: Strata, test_of: Mapping[str, int], inner_fractio
     validation: list[str] = []
     for stratum, patients in strata.items():
         inside = [patient for patient in patients if test_of[patient] != number]
-        held = max(0, min(len(inside) - 1, max(1, math.floor(inner_fraction * len(inside) + 0.5))))
-        order = _shuffled(inside, derive_seed("inner", seed, number, stratum))
+        held = share_of(len(inside), inner_fraction, left=1)
+        order = shuffled(inside, derive_seed("inner", seed, number, stratum))
         validation += order[:held]
         train += order[held:]
     test = [patient for patient, fold in test_of.items() if fold == number]
