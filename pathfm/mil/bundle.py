@@ -27,6 +27,7 @@ from pathfm.study import ExtractSettings, TileSettings
 
 FORMAT, VERSION = "pathfm-bundle", 1
 FILE, METRICS, MODEL_CARD, MEMBERS, ENCODER = "bundle.json", "metrics.json", "MODEL_CARD.md", "members", "encoder"
+DRIFT = "drift.json"
 MEMBER_FACTS = ("fold", "member", "network", "aggregator_code", "precision", "tasks", "states", "sha256")
 """What of a kept network's facts goes into the bundle."""
 ENCODER_SUFFIXES = frozenset({".json", ".safetensors", ".csv", ".md", ".txt", ""})
@@ -96,6 +97,7 @@ class BundleFacts:
         slides: everyone who was learned from, in any order.
         metrics: content of ``metrics.json``.
         names: ids of all slides and patients of the cohort, which the bundle must not name.
+        drift: record of the ``DriftReference``; None: new slides are not compared with the training's.
     """
 
     mil: MilSettings
@@ -108,6 +110,7 @@ class BundleFacts:
     slides: Sequence[TrainingSlide]
     metrics: Mapping[str, Any]
     names: Collection[str]
+    drift: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,8 @@ def write_bundle(folder: Path, facts: BundleFacts) -> str:
         _copy_encoder(temporary, facts.encoder.folder)
         metrics = without_names(facts.metrics, facts.names)
         _write(temporary / METRICS, _json(metrics))
+        if facts.drift is not None:
+            _write(temporary / DRIFT, _json(facts.drift))
         about = _about(facts, hash_files(temporary))
         _write(temporary / MODEL_CARD, model_card(about, metrics).encode())
         content = _json({**about, "files": hash_files(temporary)})

@@ -7,9 +7,11 @@ from typing import Any
 
 from pathfm.errors import StoreError
 from pathfm.mil.bundle import BundleFacts, EncoderFacts, TrainingSlide, open_bundle, write_bundle
+from pathfm.mil.drift import DriftReference, fit_reference, slide_facts
 from pathfm.mil.inputs import Deploy, MilInputs
 from pathfm.mil.plan import Plan
 from pathfm.mil.trust import Trust
+from pathfm.store.tile_store import open_tiles
 
 FOLDER = "bundle"
 
@@ -36,6 +38,7 @@ def lock(plan: Plan, inputs: MilInputs, deploy: Deploy, trust: Mapping[str, Trus
         slides=training_slides(plan),
         metrics=metrics,
         names=frozenset(plan.patients) | frozenset(plan.patients.values()),
+        drift=training_drift(plan, metrics).record(),
     )
     return write_bundle(inputs.mil_dir / FOLDER, facts)
 
@@ -58,3 +61,17 @@ def training_slides(plan: Plan) -> list[TrainingSlide]:
         mpp = store.mpp if store else None
         found.append(TrainingSlide(slide_id, plan.patients[slide_id], identity, len(facts), mpp))
     return found
+
+
+def training_drift(plan: Plan, metrics: Mapping[str, Any]) -> DriftReference:
+    """What later slides are compared with: aggregates over all slides that were learned from and have a tile store."""
+    slides = [slide_id for slide_id in sorted(plan.gathered.slides) if slide_id in plan.gathered.stores]
+    means = [plan.gathered.slides[slide_id].mean_D for slide_id in slides]
+    # Opened anew, because a store keeps the thumbnail that it was asked for.
+    facts = [
+        slide_facts(open_tiles(plan.gathered.stores[slide_id].path), mean[None])
+        for slide_id, mean in zip(slides, means, strict=True)
+    ]
+    decisions = (metrics.get("trust") or {}).get("decisions") or {}
+    patients = [plan.patients[slide_id] for slide_id in slides]
+    return fit_reference(facts, means, patients, decisions.get("counts") or {}, metrics.get("positive") or "")
