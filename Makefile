@@ -3,7 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint format bench clean
+define LOCK
+import sys
+from pathfm.sbom import constraints
+print("# Versions that work together: pip install -c constraints.txt 'pathfm[dev]' (or any other extras).")
+print(f"# Made by `make constraints` with Python {sys.version_info.major}.{sys.version_info.minor} on Linux; do not edit.")
+print(constraints(), end="")
+endef
+export LOCK
+
+.PHONY: demo test test-long test-slurm lint format bench constraints clean
 
 demo: $(VENV)/.with-report
 	$(BIN)/pathfm demo --out demo
@@ -25,6 +34,12 @@ format: $(VENV)/.with-dev
 
 bench: $(VENV)/.with-dev
 	$(BIN)/python -m benchmarks
+
+constraints:
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/pip install --quiet '.[dev,umap]'
+	.venv-constraints/bin/python -c "$$LOCK" > constraints.txt
+	rm -rf .venv-constraints
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

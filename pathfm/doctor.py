@@ -16,12 +16,13 @@ from pathfm.workers import usable_cores
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "report": ("jinja2", "matplotlib"),
     "formats": ("imagecodecs",),
-    "dicom": ("pydicom",),
+    "dicom": ("pydicom", "highdicom"),
     "remote": ("fsspec",),
     "interop": ("pyarrow", "openpyxl"),
     "tensorboard": ("tensorboard",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "pipelines": ("snakemake",),
+    "audit": ("cyclonedx-python-lib",),
     "transformers": ("transformers",),
     "umap": ("umap-learn",),
 }
