@@ -129,13 +129,13 @@ def batch(
     Example: pathfm batch --bundle bundle --inbox /scans --outbox /results --once
     """
     if health:
-        from pathfm.batch_health import health as say_health
+        from pathfm.batch.health import health as say_health
 
         finish(say_health(outbox, max_age))
     if bundle is None or inbox is None:
         raise typer.BadParameter("needed: --bundle FOLDER and --inbox FOLDER")
-    from pathfm.batch import batch as run_batch
-    from pathfm.batch_runner import BatchOptions
+    from pathfm.batch.night import batch as run_batch
+    from pathfm.batch.runner import BatchOptions
 
     wanted = BatchOptions(watch, settle, sentinel, round, min_free_gb, new_bundle, pseudonym_key, dicom)
     finish(run_batch(bundle, inbox, outbox, wanted, settings or ()))

@@ -1,14 +1,17 @@
-"""``pathfm mil predict``: new slides through the tiles, encoder, networks and thresholds of a bundle. Nothing is fitted."""
+"""New slides through the tiles, encoder, networks and thresholds of a bundle. Nothing is fitted.
+
+``pathfm mil predict`` is here; the night batch (``pathfm.batch``) asks the same functions.
+"""
 
 from __future__ import annotations
 
 import csv
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pathfm.config import bullet_list, load_study
 from pathfm.errors import ExitCode, MissingExtraError, SlideError, StoreError, UsageError
@@ -39,6 +42,20 @@ MAY_BE_SET = ("compute.", "report.", "extract.encoder", "extract.weights", "mil.
 NO_PATIENTS = "slides without patient_id count as patients of their own: intervals are too narrow if some belong together"
 SHOWN = 20
 """Slides that a refusal names."""
+
+
+class Predicted(NamedTuple):
+    """What was made of new slides.
+
+    Attributes:
+        result: everything that tables tell.
+        report: one outcome per slide; the failed, empty and left out ones have reasons.
+        features: files of the slides that were asked about.
+    """
+
+    result: Result
+    report: StageReport
+    features: Mapping[str, Path]
 
 
 def mil_predict(
@@ -72,15 +89,20 @@ def mil_predict(
         raise UsageError("nothing is written into a bundle", where=str(out), fix="name another folder for the predictions")
     if (out / "mil").exists() or out.resolve() == place.resolve().parent.parent:
         raise UsageError("this folder holds a study of its own", where=str(out), fix="name another folder for the predictions")
-    run = begin(_locked_study(locked, slides, out, overrides))
+    run = begin(locked_study(locked, cohort_of(slides), out, overrides))
     # Before hours of work: all that could be refused later.
     ensemble = Ensemble(locked, pick_device(run.study.compute))
-    known = _check_known(run, ensemble, trained)
-    _check_encoder(run, locked)
+    known = check_known(run, ensemble, trained)
+    check_locked_encoder(run, locked)
     with Events(run.layout.out) as events:
         about = {"versions": library_versions(), "settings": locked.digest, "slides": len(run.cohort.rows)}
         events.write("run_started", stage=STAGE, **about)
-        report = _predicted(run, ensemble, known, trained)
+        # What was said of other slides must not lie beside new pictures if this run is interrupted.
+        for name in (PREDICTIONS, METRICS, PATIENTS):
+            (run.layout.out / name).unlink(missing_ok=True)
+        result, report, _ = predict_slides(run, ensemble, known)
+        _write(result, run.layout.out, trained)
+        say(f"{len(result.answers.slides)} of {len(run.cohort.rows)} slides predicted: {run.layout.out / PREDICTIONS}")
         for outcome in report.outcomes:
             kind = f"slide_{outcome.status}"
             events.write(kind, stage=STAGE, slide_id=outcome.slide_id, counts=dict(outcome.counts), reason=outcome.reason)
@@ -111,8 +133,14 @@ def _place_of_bundle(sources: Sequence[str], bundle: Path | None) -> tuple[Path,
     return bundle, sources
 
 
-def _locked_study(bundle: Bundle, slides: Sequence[str], out: Path, overrides: Sequence[str]) -> Study:
-    """The settings of the bundle, with the slides of the command line.
+def locked_study(bundle: Bundle, cohort: Mapping[str, object], out: Path, overrides: Sequence[str]) -> Study:
+    """The settings of the bundle, for new slides.
+
+    Args:
+        bundle: opened.
+        cohort: cohort settings that name the slides.
+        out: where everything goes.
+        overrides: of the settings that are not locked.
 
     Raises:
         UsageError: something is to be set that is locked, or not set that is needed.
@@ -138,7 +166,7 @@ def _locked_study(bundle: Bundle, slides: Sequence[str], out: Path, overrides: S
         mil = mil.model_copy(update={"seen_in_pretraining": given.mil.seen_in_pretraining})
     changed = {
         "out": out.absolute(),
-        "cohort": given.cohort.model_copy(update={**cohort_of(slides), "patient_is_slide": True}),
+        "cohort": given.cohort.model_copy(update={**cohort, "patient_is_slide": True}),
         "tile": tile,
         "extract": extract.model_copy(update={"encoder": encoder, "weights": given.extract.weights}),
         "mil": mil,
@@ -146,7 +174,7 @@ def _locked_study(bundle: Bundle, slides: Sequence[str], out: Path, overrides: S
     return given.model_copy(update=changed)
 
 
-def _check_known(run: Run, ensemble: Ensemble, rule: TrainedRule) -> Known:
+def check_known(run: Run, ensemble: Ensemble, rule: TrainedRule) -> Known:
     """Labels, and whether the networks have learned from these patients.
 
     Raises:
@@ -189,8 +217,12 @@ def _identity(path: Path) -> str:
         return ""
 
 
-def _check_encoder(run: Run, bundle: Bundle) -> None:
-    """Refuses an encoder that is not the bundle's, by all that decides features, as it is computed on this machine."""
+def check_locked_encoder(run: Run, bundle: Bundle) -> None:
+    """Refuses an encoder that is not the bundle's, by all that decides features, as it is computed on this machine.
+
+    Raises:
+        UsageError: another encoder, or one that is not to be had here.
+    """
     from pathfm.compute import pick_device
     from pathfm.extract.sets import load_sets
     from pathfm.mil.bundle import check_encoder
@@ -202,17 +234,19 @@ def _check_encoder(run: Run, bundle: Bundle) -> None:
     check_encoder(bundle, encoder_identity(recipe), sets.main.dim, run.study.extract.encoder)
 
 
-def _predicted(run: Run, ensemble: Ensemble, known: Known, rule: TrainedRule) -> StageReport:
-    """Tiles, features, answers and tables of all slides."""
+def predict_slides(run: Run, ensemble: Ensemble, known: Known) -> Predicted:
+    """Tiles, features and answers of all slides, and a table and pictures of each; the tables of all are left to the caller.
+
+    Raises:
+        UsageError: the encoder has seen labelled slides, and that is refused.
+        StoreError: the drive fails.
+    """
     from pathfm.mil.feature_cache import FeatureCache
     from pathfm.mil.predict import predict
     from pathfm.mil.prediction_pictures import Pictures
     from pathfm.mil.prediction_table import Result
 
     cohort = run.cohort
-    # What was said of other slides must not lie beside new pictures if this run is interrupted.
-    for name in (PREDICTIONS, METRICS, PATIENTS):
-        (run.layout.out / name).unlink(missing_ok=True)
     run_tiling(run)
     seen = _check_seen(run, known)
     unfit = _unfit(run, ensemble.bundle)
@@ -231,10 +265,8 @@ def _predicted(run: Run, ensemble: Ensemble, known: Known, rule: TrainedRule) ->
     for slide_id, reason in answers.failed.items():
         status(slide_id, "failed", reason)
     result = Result(cohort, run.layout.tiles, ensemble, known, seen, answers, outcomes)
-    _write(result, run.layout.out, rule)
     report = StageReport(STAGE, tuple(result.outcome(row.slide_id) for row in cohort.rows), worked=len(paths))
-    say(f"{len(answers.slides)} of {len(cohort.rows)} slides predicted: {run.layout.out / PREDICTIONS}")
-    return report
+    return Predicted(result, report, paths)
 
 
 def _feature_paths(extraction: Extraction, outcomes: Mapping[str, Outcome], known: Known, seen: Seen) -> dict[str, Path]:
@@ -308,9 +340,9 @@ def _write(result: Result, out: Path, rule: TrainedRule) -> None:
         write_json(out / METRICS, {**metrics, **about, "notes": notes})
         say(f"external validation on {metrics['n_patients']} patients, nothing fitted: {headline(metrics)}")
     if any(row.patient_id for row in result.cohort.rows):
-        _write_table(out / PATIENTS, patient_rows(result))
+        write_rows(out / PATIENTS, patient_rows(result))
     crash_point("mil.predict.before_commit")
-    _write_table(out / PREDICTIONS, slide_rows(result))
+    write_rows(out / PREDICTIONS, slide_rows(result))
     if known.has_labels:
         _write_page(result, out)
 
@@ -327,9 +359,11 @@ def _write_page(result: Result, out: Path) -> None:
         say(f"no page: {error}")
 
 
-def _write_table(path: Path, rows: Iterator[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Writes a CSV table of at least one row, whole or not at all; a column that only some rows have is empty in the others."""
     listed = list(rows)
+    columns = dict.fromkeys(name for row in listed for name in row)
     with commit_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(listed[0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(listed)

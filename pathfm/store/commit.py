@@ -39,7 +39,7 @@ _DAY_S = 24 * 3600.0
 _REPLACE_AGAIN = 20
 """Times that the replacement of a folder is tried again when readers put the old one back meanwhile."""
 _GO_ON = "then run the same command again: what is finished is kept"
-_TROUBLE = {
+TROUBLE = {
     errno.ENOSPC: ("the disk is full", f"make room, {_GO_ON}"),
     errno.EDQUOT: ("the disk quota is used up", f"make room or have it raised, {_GO_ON}"),
     errno.EROFS: ("the folder cannot be written: the drive is read-only", "choose another output folder"),
@@ -51,6 +51,7 @@ _TROUBLE = {
     errno.ENOTEMPTY: ("another process has written it at the same time", "run the same command again"),
     errno.EEXIST: ("another process is writing it at the same time", "run the same command again"),
 }
+"""Errors of drives that people can mend: what is said of them, and what to do."""
 
 
 @contextmanager
@@ -62,11 +63,11 @@ def disk_errors(path: Path, check: Callable[[], None] | None = None) -> Iterator
     try:
         yield
     except OSError as error:
-        if error.errno not in _TROUBLE or not _concerns(error.filename, path):
+        if error.errno not in TROUBLE or not _concerns(error.filename, path):
             raise
         if check:
             check()
-        what, fix = _TROUBLE[error.errno]
+        what, fix = TROUBLE[error.errno]
         raise StoreError(what, where=str(path), fix=fix) from error
 
 

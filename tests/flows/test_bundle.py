@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import save
 
 from pathfm import workflow
-from pathfm.running import run_study
 from pathfm.config import load_study
 from pathfm.errors import ExitCode, PathfmError, UsageError
 from pathfm.extraction import run_extraction
@@ -32,6 +31,7 @@ from pathfm.mil.network import build_network, spec_of
 from pathfm.mil.tasks import make_tasks
 from pathfm.mil.trust import fit_trust
 from pathfm.prediction import _place_of_bundle, mil_predict
+from pathfm.running import run_study
 from pathfm.slides.synthetic import SyntheticSpec, write_cohort, write_slide
 from pathfm.store.commit import content_digest
 from pathfm.store.tile_store import open_tiles

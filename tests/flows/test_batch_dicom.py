@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pathfm.batch_dicom import About, TileScores, dicom_sources, read_scores, tile_map, write_dicom_of
+from pathfm.batch.dicom import About, TileScores, dicom_sources, read_scores, tile_map, write_dicom_of
 from pathfm.errors import SlideError
 from pathfm.geometry import Mpp, Size
 from pathfm.mil.bundle import open_bundle, write_bundle
@@ -28,7 +28,7 @@ from pathfm.store.interop.dicom_results import DicomResult, TaskResult, write_di
 from pathfm.store.record import Outcome
 from pathfm.store.tile_store import write_tiles
 
-from .mil.bundles import DIM, IDENTITY, facts_in
+from ..mil.bundles import DIM, IDENTITY, facts_in
 
 pydicom = pytest.importorskip("pydicom", reason="pip install 'pathfm[dicom]'")
 highdicom = pytest.importorskip("highdicom", reason="pip install 'pathfm[dicom]'")

@@ -1,0 +1,161 @@
+"""The inbox of a night batch: which slides lie there, which are whole, and what identifies them. Nothing in it is changed."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from pathfm.errors import PathfmError
+from pathfm.slides.discover import COMPANIONS, discover
+from pathfm.slides.reader import dicom_files
+
+LOOKS = 2
+"""A slide must have been seen unchanged so often, however long ago it was written: clocks of network drives may be wrong."""
+
+
+class InboxError(PathfmError):
+    """The inbox cannot be looked at now: its drive is away, or two files in it would have one name."""
+
+
+class Glance(NamedTuple):
+    """A slide as it lies in the inbox.
+
+    Attributes:
+        slide_id: as ``pathfm mil predict`` would call it.
+        path: the file or folder.
+        file: the path below the inbox.
+        stamp: changes when any of its files is written, replaced, added or removed.
+    """
+
+    slide_id: str
+    path: Path
+    file: str
+    stamp: str
+
+
+class Look(NamedTuple):
+    """What a look found: slides that are whole, and those that may still be written."""
+
+    whole: tuple[Glance, ...]
+    unsettled: tuple[Glance, ...]
+
+
+@dataclass
+class Inbox:
+    """Remembers what it has seen, to tell slides that are whole from those still being copied.
+
+    Attributes:
+        folder: searched recursively, as ``pathfm.slides.discover`` does.
+        settle_s: a slide is whole when it was unchanged for so long [s], in at least ``LOOKS`` looks.
+        sentinel: instead, a slide is whole when the file of its name with this at the end is there; empty: none.
+        clock: seconds that never go back.
+    """
+
+    folder: Path
+    settle_s: float = 30.0
+    sentinel: str = ""
+    clock: Callable[[], float] = time.monotonic
+    _seen: dict[str, tuple[str, float, int]] = field(default_factory=dict)
+
+    def look(self) -> Look:
+        """Looks once.
+
+        Raises:
+            InboxError: the inbox cannot be searched.
+        """
+        if not self.folder.is_dir():
+            raise InboxError("the inbox cannot be read: there is no such folder", fix="check its drive")
+        try:
+            found = discover([self.folder]).slides
+        except OSError as error:
+            raise InboxError(f"the inbox cannot be read ({error.strerror})", fix="check its drive and permissions") from error
+        except PathfmError as error:
+            # Its words name files, and this ends in files that are shown to others.
+            what = "two slides in the inbox would have one name: A__B.svs is called like A/B.svs"
+            raise InboxError(what, fix="rename one of them") from error
+        glances = [self._glance(slide_id, path) for slide_id, path in found]
+        before, self._seen = self._seen, {}
+        whole = {glance.file: self._is_whole(glance, before) for glance in glances}
+        return Look(
+            tuple(glance for glance in glances if whole[glance.file]),
+            tuple(glance for glance in glances if not whole[glance.file]),
+        )
+
+    def _glance(self, slide_id: str, path: Path) -> Glance:
+        # A DICOM series that fills the inbox is the inbox itself, and is called by its folder.
+        file = path.relative_to(self.folder).as_posix() if path != self.folder else path.name
+        return Glance(slide_id, path, file, stamp_of(path))
+
+    def _is_whole(self, glance: Glance, before: Mapping[str, tuple[str, float, int]]) -> bool:
+        if self.sentinel:
+            return glance.path.with_name(glance.path.name + self.sentinel).exists()
+        now = self.clock()
+        stamp, since, looks = before.get(glance.file, ("", now, 0))
+        since, looks = (since, looks + 1) if stamp == glance.stamp else (now, 1)
+        self._seen[glance.file] = glance.stamp, since, looks
+        return looks >= LOOKS and now - since >= self.settle_s
+
+
+def slide_files(path: Path) -> dict[str, Path]:
+    """All files of a slide, by names that a renamed copy has too.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    if path.is_dir():
+        return _below(path)
+    suffix, folder = path.suffix.lower(), path.with_suffix("")
+    if suffix == ".mrxs" and folder.is_dir():
+        return {suffix: path, **_below(folder)}
+    if suffix in COMPANIONS:
+        parts = [file for file in path.parent.iterdir() if file.suffix.lower() in COMPANIONS[suffix] | {suffix}]
+        return {file.name.removeprefix(path.stem): file for file in parts if file.name.startswith(path.stem)}
+    if suffix == ".dcm":
+        return _series(path)
+    return {suffix: path}
+
+
+def _below(folder: Path) -> dict[str, Path]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def _series(path: Path) -> dict[str, Path]:
+    """The files of one DICOM series among others; the file alone where it cannot be opened."""
+    from pathfm.slides.openslide_reader import dicom_series
+
+    series = dicom_series(path)
+    together = [file for file in dicom_files(path.parent) if dicom_series(file) == series] if series else []
+    return {file.name: file for file in together or [path]}
+
+
+def stamp_of(path: Path) -> str:
+    """Sizes, times and inode numbers of all files of a slide, as one hash; also of one that cannot be read or is gone."""
+    try:
+        found = {name: file.stat() for name, file in slide_files(path).items()}
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+    facts = [f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}" for name, stat in sorted(found.items())]
+    return hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()
+
+
+def content_identity(path: Path) -> str:
+    """SHA-256 of all bytes of a slide: that of its file, or of the lines ``<sha256>  <name>`` of its files, by name.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    hashes = {name: _digest(file) for name, file in slide_files(path).items()}
+    if len(hashes) == 1 and not path.is_dir():
+        return next(iter(hashes.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,348 @@
+"""The night batch without networks: what is whole, what is known, who may work, what a kill leaves, and how well it is."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+
+from pathfm.batch import runner
+from pathfm.batch.health import FILE as HEALTH
+from pathfm.batch.health import health
+from pathfm.batch.inbox import Inbox, InboxError, content_identity, stamp_of
+from pathfm.batch.ledger import Ledger
+from pathfm.batch.night import _check_folders, _take
+from pathfm.batch.results import Outbox
+from pathfm.batch.runner import BatchOptions, Control, NoRoomError, Runner, Stop
+from pathfm.errors import ExitCode, StoreError, UsageError
+from pathfm.events import Events
+from pathfm.store.commit import commit_dir, write_json
+from pathfm.store.lease import Leases
+from pathfm.store.pseudonyms import Pseudonyms
+from pathfm.store.record import Outcome
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def look(inbox, seconds=0.0):
+    inbox.clock.now += seconds
+    found = inbox.look()
+    return [glance.slide_id for glance in found.whole], [glance.slide_id for glance in found.unsettled]
+
+
+def test_a_slide_is_whole_when_two_looks_and_the_time_between_them_saw_it_unchanged(tmp_path):
+    slide, inbox = tmp_path / "a.svs", Inbox(tmp_path, 30, clock=Clock())
+    slide.write_bytes(b"half")
+    os.utime(slide, (0, 0))  # clocks of scanners may be wrong: an old time proves nothing
+    assert look(inbox) == ([], ["a"])
+    assert look(inbox, 29) == ([], ["a"])
+    slide.write_bytes(b"half and more")
+    assert look(inbox, 2) == ([], ["a"])
+    assert look(inbox, 31) == (["a"], [])
+    slide.write_bytes(b"another of the same size"[:13])
+    assert look(inbox, 31) == ([], ["a"])
+    assert look(inbox, 31) == (["a"], [])
+    slide.unlink()
+    assert look(inbox) == ([], [])
+
+
+def test_with_a_sentinel_only_the_sentinel_counts(tmp_path):
+    (tmp_path / "a.svs").write_bytes(b"x")
+    (tmp_path / "a.svs.done").touch()
+    (tmp_path / "b.svs").write_bytes(b"x")
+    assert look(Inbox(tmp_path, 30, ".done", Clock())) == (["a"], ["b"])
+
+
+def test_content_is_known_again_under_another_name_and_not_after_a_change(tmp_path):
+    plain = tmp_path / "a.svs"
+    plain.write_bytes(b"bytes")
+    assert content_identity(plain) == hashlib.sha256(b"bytes").hexdigest()
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.mrxs").write_bytes(b"key")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "Data0000.dat").write_bytes(b"pixels")
+    assert content_identity(tmp_path / "one.mrxs") == content_identity(tmp_path / "two.mrxs")
+    before = stamp_of(tmp_path / "two.mrxs")
+    (tmp_path / "two" / "Data0000.dat").write_bytes(b"PIXELS")
+    assert content_identity(tmp_path / "one.mrxs") != content_identity(tmp_path / "two.mrxs")
+    assert stamp_of(tmp_path / "two.mrxs") != before
+    for name in ("one.vms", "one_map2.jpg", "one.opt"):
+        (tmp_path / name).write_bytes(name.encode())
+    only = content_identity(tmp_path / "one.vms")
+    (tmp_path / "one_map2.jpg").write_bytes(b"other")
+    assert content_identity(tmp_path / "one.vms") != only
+
+
+def test_an_inbox_that_is_away_is_told_from_an_empty_one(tmp_path):
+    with pytest.raises(InboxError, match="cannot be read"):
+        Inbox(tmp_path / "away").look()
+    assert Inbox(tmp_path).look() == ((), ())
+
+
+def test_the_ledger_knows_everything_again_and_drops_a_torn_line(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        ledger.use("b1", "", False)
+        first = ledger.add("a.svs", "s1", "1" * 64, "a")
+        assert ledger.add("copy.svs", "s2", "1" * 64, "copy") is first
+        bad = ledger.add("bad.svs", "s3", "2" * 64, "bad")
+        ledger.start(first, alone=False)
+        ledger.done(first, "abstained")
+        ledger.quarantine(bad, "broken")
+    path.write_bytes(path.read_bytes() + b'{"kind": "done", "ide')
+    with Ledger(path) as again:
+        assert again.entries == ledger.entries and again.bundle == "b1"
+        assert again.known("copy.svs", "s2").name == "a-11111111" and again.known("copy.svs", "s9") is None
+        assert again.counts == {"done": 1, "abstained": 1, "quarantined": 1, "duplicates": 1}
+        again.try_again(again.entries["2" * 64])
+        assert again.counts["quarantined"] == 0
+    assert "duplicate_of" in path.read_text()
+    path.write_text(path.read_text().replace('"kind": "bundle"', '"kind": "bungle"'))
+    with pytest.raises(StoreError, match="line 2 of the ledger"):
+        Ledger(path)
+
+
+def test_another_bundle_must_be_meant(tmp_path):
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        ledger.use("b1", "", False)
+        ledger.use("b1", "", False)
+        with pytest.raises(UsageError, match="--new-bundle"):
+            ledger.use("b2", "", False)
+        ledger.use("b2", "", True)
+        assert ledger.bundle == "b2"
+        with pytest.raises(UsageError, match="other names"):
+            ledger.use("b2", "key", False)
+
+
+def test_folders_that_lie_in_each_other_and_foreign_ones_are_refused(tmp_path):
+    bundle, inbox, outbox = (tmp_path / name for name in ("bundle", "in", "out"))
+    with pytest.raises(UsageError, match="no such folder"):
+        _check_folders(bundle, inbox, outbox)
+    inbox.mkdir()
+    _check_folders(bundle, inbox, outbox)
+    for wrong in (inbox, inbox / "out", tmp_path, bundle / "out"):
+        with pytest.raises(UsageError, match="lies in the"):
+            _check_folders(bundle, inbox, wrong)
+    outbox.mkdir()
+    (outbox / "predictions.csv").touch()
+    with pytest.raises(UsageError, match="no outbox of a night batch"):
+        _check_folders(bundle, inbox, outbox)
+
+
+def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
+    with Leases(60) as first, Leases(60) as second:
+        _take(first, Outbox(tmp_path))
+        with pytest.raises(UsageError, match=rf"process {os.getpid()} on ") as refused:
+            _take(second, Outbox(tmp_path))
+        assert refused.value.exit_code == ExitCode.USAGE
+        first.close()
+        _take(second, Outbox(tmp_path))
+
+
+Answer = namedtuple("Answer", "result")
+
+
+class FakePredictor:
+    """Says of a slide what its bytes say: good, bad, or something that breaks the run."""
+
+    bundle, drift, study = SimpleNamespace(digest="b1"), None, None
+
+    def __init__(self):
+        self.asked = []
+        self.meanwhile = lambda: None
+
+    def predict(self, slides):
+        self.asked.append(sorted(slides))
+        said = {name: path.read_text() for name, path in slides.items()}
+        self.meanwhile()
+        if "killer" in said.values():
+            raise RuntimeError("as a kill")
+        outcomes = {name: Outcome(name, "done" if "good" in text else "failed", text) for name, text in said.items()}
+        return Answer(SimpleNamespace(outcome=outcomes.get))
+
+
+def fake_commit(box, entry, _result, _found, check):
+    with commit_dir(box.results / entry.name, check) as folder:
+        write_json(folder / "result.json", {"identity": entry.identity, "outcome": "predicted", "decision": "x"})
+        (folder / "predictions.csv").write_text("slide_id\nx\n")
+    return "predicted"
+
+
+@pytest.fixture
+def night(tmp_path, monkeypatch):
+    """Runs a night: night(options) -> exit code; its predictor, inbox and outbox hang on it."""
+    monkeypatch.setattr(runner, "commit_result", fake_commit)
+    monkeypatch.setattr(Runner, "_findings", lambda *_: None)
+    predictor, box, inbox = FakePredictor(), Outbox(tmp_path / "out"), tmp_path / "in"
+    inbox.mkdir()
+
+    def run(names=None, **options):
+        with Stop() as stop, Leases(60) as leases, Ledger(box.folder / "ledger.jsonl") as ledger, Events(box.folder) as events:
+            ledger.use("b1", "", False)
+            options = BatchOptions(**{"settle_s": 0.0, "min_free_gb": 0.0, **options})
+            control = Control(options, stop, _take(leases, box), names)
+            return Runner(Inbox(inbox, 0.0), box, ledger, events, predictor, control).run()
+
+    run.predictor, run.box, run.inbox = predictor, box, inbox
+    return run
+
+
+def put(night, **slides):
+    for name, text in slides.items():
+        (night.inbox / f"{name}.svs").write_text(text)
+
+
+def results(night):
+    return sorted(path.name.rpartition("-")[0] for path in night.box.results.glob("*"))
+
+
+def reasons(night):
+    return {said["slide_id"]: said["reason"] for said in (json.loads(path.read_text()) for path in night.box.records)}
+
+
+def test_every_content_is_worked_on_once_and_the_inbox_stays_as_it_was(night):
+    put(night, a="good a", b="good b", copy="good a", bad="broken")
+    before = {path.name: path.stat() for path in night.inbox.iterdir()}
+    assert night(round=2) == ExitCode.SOME_FAILED
+    assert results(night) == ["a", "b"] and reasons(night) == {"bad": "broken"}
+    assert night.predictor.asked == [["a", "b"], ["bad"]]
+    (night.inbox / "a.svs").rename(night.inbox / "renamed.svs")
+    put(night, b="good b, scanned again")
+    assert night() == ExitCode.DONE  # what an earlier run has told is not told again
+    assert results(night) == ["a", "b", "b"] and night.predictor.asked[2:] == [["b"]]
+    said = json.loads((night.box.folder / HEALTH).read_text())
+    assert said["counts"] == {"done": 3, "abstained": 0, "quarantined": 1, "duplicates": 2, "waiting": 0}
+    assert len(night.box.index.read_text().splitlines()) == 4 and not (night.box.folder / ".work").exists()
+    assert {path.name for path in night.inbox.iterdir()} == (before.keys() - {"a.svs"}) | {"renamed.svs"}
+
+
+def test_a_slide_that_kills_the_run_is_found_out_and_stops_nobody_else(night):
+    put(night, a="good a", k="killer", z="good z")
+    for asked in ([["a", "k", "z"]], [["more1"], ["a"], ["k"]], [["more2"], ["z"], ["k"]]):
+        night.predictor.asked.clear()
+        with pytest.raises(RuntimeError):
+            night()
+        assert night.predictor.asked == asked
+        put(night, **{f"more{len(results(night)) // 2 + 1}": f"good {asked}"})
+    assert night() == ExitCode.SOME_FAILED
+    assert results(night) == ["a", "more1", "more2", "more3", "z"] and "killed 2 times" in reasons(night)["k"]
+    assert night() == ExitCode.DONE
+
+
+def test_a_result_that_was_committed_before_a_kill_is_not_made_again(night, monkeypatch):
+    put(night, a="good a")
+    with monkeypatch.context() as killed, pytest.raises(RuntimeError):
+        killed.setattr(Ledger, "done", lambda *_: (_ for _ in ()).throw(RuntimeError("as a kill")))
+        night()
+    assert results(night) == ["a"]
+    night.predictor.asked.clear()
+    assert night() == ExitCode.DONE and not night.predictor.asked
+
+
+def test_a_slide_that_changes_or_goes_while_it_is_worked_on_is_left_for_later(night):
+    put(night, a="good a", b="broken b")
+
+    def meanwhile():
+        put(night, a="good but other")
+        (night.inbox / "b.svs").unlink(missing_ok=True)
+        night.predictor.meanwhile = lambda: None
+
+    night.predictor.meanwhile = meanwhile
+    assert night() == ExitCode.DONE
+    assert results(night) == [] and reasons(night) == {}
+    assert night() == ExitCode.DONE
+    (result,) = night.box.results.glob("*")
+    assert result.name.endswith(hashlib.sha256(b"good but other").hexdigest()[:8])
+
+
+def test_a_removed_record_asks_for_another_attempt(night):
+    put(night, bad="broken")
+    night()
+    shutil.rmtree(night.box.quarantine)
+    assert night() == ExitCode.SOME_FAILED and len(night.predictor.asked) == 2 and reasons(night) == {"bad": "broken"}
+
+
+def test_names_that_cannot_name_a_folder_and_files_that_cannot_be_read_have_reasons(night, monkeypatch):
+    put(night, **{"a\nb": "good a", "c": "good c", "away": "good"})
+    real = runner.content_identity
+
+    def identity(path):
+        if path.stem == "away":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(runner, "content_identity", identity)
+    assert night() == ExitCode.SOME_FAILED
+    found = reasons(night)
+    assert results(night) == ["c"] and "control character" in found.pop("'a\\nb'")
+    assert found == {"away": "the file cannot be read: Permission denied"}
+    monkeypatch.setattr(runner, "content_identity", real)
+    assert night() == ExitCode.DONE and results(night) == ["away", "c"] and len(reasons(night)) == 1
+
+
+def test_pseudonyms_are_all_that_leaves_the_inbox(night, tmp_path, capfd):
+    (tmp_path / "key").write_bytes(bytes(range(64)))
+    put(night, miller="good", miller_bad="broken", miller_copy="good")
+    assert night(Pseudonyms(tmp_path / "key")) == ExitCode.SOME_FAILED
+    (name,) = results(night)
+    assert re.fullmatch("P[0-9a-f]{16}", name) and len(reasons(night)) == 1
+    told = [str(path) + path.read_text() for path in night.box.folder.rglob("*") if path.is_file()]
+    assert "miller" not in "".join([*told, *capfd.readouterr()])
+
+
+def test_a_full_drive_is_no_slides_fault(night):
+    put(night, a="the disk is full (make room)")
+    with pytest.raises(NoRoomError):
+        night()
+    with pytest.raises(NoRoomError, match="are free for the outbox"):
+        night(min_free_gb=1e9)
+    assert reasons(night) == {} and health(night.box.folder) == ExitCode.INTERNAL
+    put(night, a="good a")
+    assert night() == ExitCode.DONE and health(night.box.folder) == ExitCode.DONE
+
+
+def test_told_to_stop_it_ends_without_loss_and_blames_no_slide(night):
+    put(night, a="good a", b="good b")
+    night.predictor.meanwhile = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert night() == ExitCode.INTERRUPTED
+    assert night(watch=True) == ExitCode.DONE
+    assert results(night) == [] and json.loads((night.box.folder / HEALTH).read_text())["state"] == "stopped"
+    night.predictor.meanwhile = lambda: None
+    assert night() == ExitCode.DONE and night.predictor.asked == [["a", "b"]] * 3 and results(night) == ["a", "b"]
+
+
+def test_health_tells_a_well_batch_from_a_sick_one(night, tmp_path, capsys):
+    with pytest.raises(UsageError):
+        health(tmp_path / "absent")
+    assert health(night.inbox) == ExitCode.INTERNAL
+    put(night, a="good a")
+    night()
+    assert health(night.box.folder) == ExitCode.DONE
+    file = night.box.folder / HEALTH
+    said = json.loads(file.read_text())
+    sick = {
+        "more than 60 s ago": {"last_look": (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)).isoformat()},
+        "waiting for disk": {"state": "waiting for disk"},
+        "has ended without saying so": {"state": "working", "process": said["process"].rpartition("-")[0] + "-1"},
+        "ended with an error (last error: oh)": {"last_error": "oh"},
+    }
+    for words, facts in sick.items():
+        write_json(file, {**said, **facts})
+        assert health(night.box.folder, 60) == ExitCode.INTERNAL and words in capsys.readouterr().out
+    write_json(file, said)
+    write_json(night.box.quarantine / "x.json", {"since": "2031-01-01"})
+    assert health(night.box.folder, 60) == ExitCode.SOME_FAILED
+    assert "1 slides in quarantine since 2031-01-01" in capsys.readouterr().out
