@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, UsageError
 from pathfm.log import say
+from pathfm.run_manifest import recorded
 from pathfm.store.commit import read_json
 from pathfm.store.feature_file import read_feature_attrs
 from pathfm.store.record import Outcome, StageReport, read_record
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 def mil_train(study: Study) -> ExitCode:
     """``pathfm mil train``: features must be there; ends with the locked bundle and the report."""
+    return recorded("mil train", study, lambda: _mil_train(study))
+
+
+def _mil_train(study: Study) -> ExitCode:
     run = begin(study, needs_slides=study.mil.features is None)
     check_for_mil(run)
     if study.mil.features is not None:

@@ -19,6 +19,7 @@ from pathfm.events import Events
 from pathfm.extraction import run_extraction
 from pathfm.faults import crash_point
 from pathfm.log import say, status
+from pathfm.run_manifest import RunManifest
 from pathfm.slides.reader import slide_identity
 from pathfm.store.cohort import check_labels
 from pathfm.store.commit import commit_file, partial, read_json, write_json
@@ -94,7 +95,9 @@ def mil_predict(
     ensemble = Ensemble(locked, pick_device(run.study.compute))
     known = check_known(run, ensemble, trained)
     check_locked_encoder(run, locked)
-    with Events(run.layout.out) as events:
+    with RunManifest(run.layout.out, STAGE, run.study) as manifest, Events(run.layout.out) as events:
+        manifest.models({"bundle": locked.digest})
+        manifest.inputs(known.identity)
         about = {"versions": library_versions(), "settings": locked.digest, "slides": len(run.cohort.rows)}
         events.write("run_started", stage=STAGE, **about)
         # What was said of other slides must not lie beside new pictures if this run is interrupted.
@@ -107,8 +110,10 @@ def mil_predict(
             kind = f"slide_{outcome.status}"
             events.write(kind, stage=STAGE, slide_id=outcome.slide_id, counts=dict(outcome.counts), reason=outcome.reason)
         events.write("run_ended", stage=STAGE, counts=dict(report.statuses))
-    run.reports[STAGE] = report
-    write_record(run.layout.out, report, run.study.extract, started)
+        run.reports[STAGE] = report
+        write_record(run.layout.out, report, run.study.extract, started)
+        manifest.outputs(run.layout.out / PREDICTIONS)
+        manifest.exit_code = run.exit_code
     return run.exit_code
 
 

@@ -16,7 +16,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +118,13 @@ class RunManifest:
         log.info("this run is recorded: %s, %s", path, file_digest(path))
 
 
+def recorded(command: str, study: Study, work: Callable[[], ExitCode]) -> ExitCode:
+    """Does the work of a command, and leaves its manifest."""
+    with RunManifest(study.out, command, study) as manifest:
+        manifest.exit_code = work()
+    return manifest.exit_code
+
+
 def manifest_files(out: Path) -> list[Path]:
     """The manifests of an output folder, oldest first."""
     return sorted((out / RUNS).glob(PATTERN))
@@ -186,7 +193,7 @@ def _sequence(raw: bytes) -> int:
 def _alone(folder: Path) -> Iterator[None]:
     """Two commands that end at the same time must not follow the same manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a drive without locks
             fcntl.flock(handle, fcntl.LOCK_EX)

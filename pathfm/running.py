@@ -11,7 +11,7 @@ from typing import Literal
 from pathfm.errors import ExitCode, UsageError
 from pathfm.jobs import Jobs, failed_slides, write_receipts
 from pathfm.log import say
-from pathfm.run_manifest import RunManifest
+from pathfm.run_manifest import recorded
 from pathfm.store.receipts import STAGES
 from pathfm.study import Study
 from pathfm.study_plan import StudyPlan, make_plan, write_plan
@@ -76,9 +76,7 @@ def run_study(study: Study, options: RunOptions | None = None) -> ExitCode:
         for line in explained(plan, options.until) if options.why else summary(plan, options.until):
             say(line)
         return ExitCode.DONE
-    with RunManifest(study.out, "run", study) as manifest:
-        manifest.exit_code = _run(run, plan, options)
-    return manifest.exit_code
+    return recorded("run", study, lambda: _run(run, plan, options))
 
 
 def _run(run: Run, plan: StudyPlan, options: RunOptions) -> ExitCode:

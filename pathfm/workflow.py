@@ -14,6 +14,7 @@ from pathfm.addresses import is_remote, public_name, remote_url
 from pathfm.config import dump_study, load_study
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, status
+from pathfm.run_manifest import recorded
 from pathfm.store.cohort import Cohort, load_cohort
 from pathfm.store.commit import commit_file, sweep
 from pathfm.store.layout import Layout, tile_spec
@@ -195,6 +196,10 @@ def _find_slides(sources: Sequence[str], folder_of_tiles: bool) -> Sequence[tupl
 
 def tile(study: Study) -> ExitCode:
     """``pathfm tile``."""
+    return recorded("tile", study, lambda: _tile(study))
+
+
+def _tile(study: Study) -> ExitCode:
     run = begin(study)
     keep_settings(run)
     run_tiling(run)
@@ -206,15 +211,22 @@ def pretrain(study: Study) -> ExitCode:
     from pathfm.pretrain.launch import process_rank
     from pathfm.pretraining import run_pretraining
 
-    run = begin(study)
-    run_pretraining(run)
-    if process_rank() == 0:
-        keep_settings(run)
-    return run.exit_code
+    def work() -> ExitCode:
+        run = begin(study)
+        run_pretraining(run)
+        if process_rank() == 0:
+            keep_settings(run)
+        return run.exit_code
+
+    return recorded("pretrain", study, work) if process_rank() == 0 else work()
 
 
 def extract(study: Study, tiles_too: bool = False) -> ExitCode:
     """``pathfm extract``; ``tiles_too``: of slides that no command has tiled yet."""
+    return recorded("extract", study, lambda: _extract(study, tiles_too))
+
+
+def _extract(study: Study, tiles_too: bool) -> ExitCode:
     from pathfm.extraction import check_encoders, run_extraction
 
     run = begin(study)

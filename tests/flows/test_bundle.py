@@ -146,7 +146,7 @@ def test_every_slide_has_its_row_pictures_and_hashes_and_no_pixels_are_kept(plac
     assert not (undisturbed / "patients.csv").exists() and not (undisturbed / "metrics.json").exists()
     (events,) = undisturbed.glob("events-*.jsonl")
     told = [json.loads(line) for line in events.read_text().splitlines()]
-    assert [event["kind"] for event in told] == ["run_started", *["slide_done"] * 3, "run_ended"]
+    assert [event["kind"] for event in told] == ["run_started", *["slide_done"] * 3, "run_ended", "run_recorded"]
     assert told[0]["settings"] == open_bundle(places / "bundle").digest
 
 
