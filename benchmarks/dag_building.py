@@ -15,7 +15,7 @@ from pathfm.geometry import Size
 from pathfm.slides.synthetic import SyntheticSpec, write_cohort
 from pathfm.snakemake_engine import pipelines
 from pathfm.store.receipts import ALL, BY_GROUP, STAGES, group_count
-from pathfm.study_plan import Planned, StudyPlan, make_plan, write_plan
+from pathfm.study_plan import Planned, StudyPlan, make_plan, plan_file, write_plan
 from pathfm.workflow import begin
 
 SLIDES, QUICK, PER_GROUP = 10_000, 500, (64, 8, 1)
@@ -33,7 +33,8 @@ def run(options: Options) -> list[Table]:
         for per_group in PER_GROUP:
             out = Path(folder) / str(per_group)
             plan = made_up(slides, per_group)
-            size = write_plan(out, plan).stat().st_size / 1e6
+            write_plan(plan_file(out), plan)
+            size = plan_file(out).stat().st_size / 1e6
             graph.rows.append((per_group, len(plan.jobs), size, graph_s(out)))
         planning = Table(
             f"planning {slides:,} slides", ("state", "plan s"), notes=("the table names 20 small slides over and over",)

@@ -38,7 +38,11 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
     until: Annotated[str, typer.Option(help="Last stage: check, tile, pretrain, extract, mil or report.")] = "",
     forcerun: Annotated[
-        list[str] | None, typer.Option(help="Run the jobs of this stage again, up to date or not. Repeatable.", metavar="STAGE")
+        list[str] | None,
+        typer.Option(
+            help="Run this stage's jobs and those after it again; what is up to date is kept, and hashed anew. Repeatable.",
+            metavar="STAGE",
+        ),
     ] = None,
     retrain_encoder: Annotated[
         bool,
@@ -63,11 +67,6 @@ def run(
     """
     from pathfm.running import RunOptions, run_study
 
-    opened = open_study(study, as_settings(patient_is_slide, settings))
-    if replay:
-        from pathfm.replaying import replay as run_again
-
-        finish(run_again(opened, replay))
     wanted = RunOptions(
         engine=engine,
         until=until,
@@ -81,8 +80,9 @@ def run(
         dag=dag,
         unlock=unlock,
         snakemake_report=snakemake_report,
+        replay=replay,
     )
-    finish(run_study(opened, wanted))
+    finish(run_study(open_study(study, as_settings(patient_is_slide, settings)), wanted))
 
 
 def plan(study: StudyArgument, settings: SetOption = None) -> None:

@@ -21,7 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "interop": ("pyarrow", "openpyxl"),
     "tensorboard": ("tensorboard",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
-    "pipelines": ("snakemake",),
+    "pipelines": ("snakemake", "snakemake-executor-plugin-slurm"),
     "audit": ("cyclonedx-python-lib",),
     "transformers": ("transformers",),
     "umap": ("umap-learn",),

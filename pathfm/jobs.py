@@ -6,7 +6,7 @@ does each stage for all slides at once and then writes the receipts of all its g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,20 +25,21 @@ from pathfm.store.receipts import (
     Receipt,
     SlideReceipt,
     read_receipt,
-    read_receipts,
     receipt_path,
     write_receipt,
 )
 from pathfm.store.record import Outcome, StageReport
 from pathfm.store.tile_store import open_tiles
 from pathfm.study_plan import Planned, StudyPlan, read_plan, settings_digest
-from pathfm.workflow import Run, begin, open_study, own_encoder, run_tiling
+from pathfm.workflow import Run, alone_at, begin, open_study, own_encoder, run_tiling
 
 if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
 
 HASHERS = 4
 """Artifacts that are hashed side by side."""
+Known = Mapping[tuple[str, str], tuple[str, int]]
+"""Path and fingerprint of an artifact -> its content digest, and when a receipt said so [ns]."""
 
 
 class Made(NamedTuple):
@@ -114,7 +115,8 @@ class Jobs:
             self.run.reports["tile"] = _reported(self.run, "tile")
             self.extract()
         assert self.extraction is not None
-        train(self.run, inputs_of(self.run, self.extraction))
+        with alone_at(self.run.layout.mil, self.run.study.compute.lease_s):
+            train(self.run, inputs_of(self.run, self.extraction))
         own = own_encoder(self.run)
         places = {"features": self.extraction.sets["main"].folder, **({"encoder": own} if own else {})}
         return Made(whole=(self.run.layout.mil,), places=places)
@@ -129,7 +131,8 @@ class Jobs:
         records = {stage: _reported(self.run, stage) for stage in BY_GROUP}
         if page_is_old(layout):
             show_tiles(layout, records["tile"])
-        report_on(self.run, out / places["features"], out / places.get("encoder", "encoder"), records)
+        with alone_at(layout.report, self.run.study.compute.lease_s):
+            report_on(self.run, out / places["features"], out / places.get("encoder", "encoder"), records)
         return Made(whole=(layout.report / "index.html", layout.report / "summary.json"))
 
     def _find_encoder(self) -> None:
@@ -167,19 +170,30 @@ def run_job(out: Path, stage: str, group: str = ALL, overrides: Sequence[str] = 
     if stage == "extract":
         run.cohort = replace(run.cohort, rows=shard_of(run.cohort.rows, group))
     write_receipts(run, [planned], Jobs(run).work(stage))
+    if stage == "mil":
+        drop_old_receipts(out, plan)
     return ExitCode.DONE
 
 
 def write_receipts(run: Run, jobs: Iterable[Planned], made: Made) -> None:
     """Writes the receipts of jobs of one stage, by what the stage made."""
     jobs = list(jobs)
-    known = dict(_known_digests(run.layout.out, {job.stage for job in jobs}))
+    known = {} if any(job.state == "forced" for job in jobs) else _known(run.layout.out, {job.stage for job in jobs})
     crash_point("job.before_receipts")
     for job in jobs:
         write_receipt(run.layout.out, _receipt(run, job, made, known))
 
 
-def _receipt(run: Run, job: Planned, made: Made, known: Mapping[tuple[str, str], str]) -> Receipt:
+def drop_old_receipts(out: Path, plan: StudyPlan) -> None:
+    """Removes receipts of groups that there are no more, as a cohort has grown; to be called once the new ones are there."""
+    for stage in BY_GROUP:
+        current = {receipt_path(out, stage, job.group) for job in plan.of(stage)}
+        if all(path.is_file() for path in current):
+            for path in set(receipt_path(out, stage, ALL).parent.glob("*.json")) - current:
+                path.unlink(missing_ok=True)
+
+
+def _receipt(run: Run, job: Planned, made: Made, known: Known) -> Receipt:
     out = run.layout.out
     with ThreadPoolExecutor(HASHERS) as pool:
         wanted = job.slide_ids if made.outcomes else ()
@@ -196,15 +210,14 @@ def _receipt(run: Run, job: Planned, made: Made, known: Mapping[tuple[str, str],
     )
 
 
-def _slide(out: Path, slide_id: str, made: Made, known: Mapping[tuple[str, str], str]) -> SlideReceipt:
+def _slide(out: Path, slide_id: str, made: Made, known: Known) -> SlideReceipt:
     """What became of a slide. What is empty has a tile store too, but no features."""
-    outcome = made.outcomes[slide_id]
+    outcome = made.outcomes.get(slide_id) or Outcome(slide_id, "failed", "it has gone since the study was planned")
     if outcome.status == "failed":
         return SlideReceipt(slide_id, "failed", without_folders(outcome.reason))
     try:
         digest, paths = made.files(slide_id)
-        files = {_inside(path, out): path for path in paths if path.exists()}
-        artifacts = {name: known.get((name, digest)) or content_digest(path) for name, path in files.items()}
+        artifacts = {_inside(path, out): _digest(path, out, digest, known) for path in paths if path.exists()}
     except StoreError as error:  # gone or damaged since
         return SlideReceipt(slide_id, "failed", error.reason)
     return SlideReceipt(
@@ -212,16 +225,24 @@ def _slide(out: Path, slide_id: str, made: Made, known: Mapping[tuple[str, str],
     )
 
 
-def _known_digests(out: Path, stages: Iterable[str]) -> Iterator[tuple[tuple[str, str], str]]:
-    """Digests that receipts have already, by path and fingerprint: what was hashed when it was made is not read again."""
+def _digest(path: Path, out: Path, made_of: str, known: Known) -> str:
+    """The content digest of an artifact; what a receipt that is younger than it says of the same fingerprint is believed."""
+    digest, since = known.get((_inside(path, out), made_of), ("", 0))
+    return digest if digest and path.stat().st_mtime_ns < since else content_digest(path)
+
+
+def _known(out: Path, stages: Iterable[str]) -> Known:
+    """What receipts say: what was hashed when it was made is not read again."""
+    known: dict[tuple[str, str], tuple[str, int]] = {}
     for path in [path for stage in stages for path in receipt_path(out, stage, ALL).parent.glob("*.json")]:
         try:
             receipt = read_receipt(path)
         except StoreError:
             continue
         for slide in receipt.slides if receipt else ():
-            for name, digest in slide.artifacts.items():
-                yield (name, slide.fingerprint), digest
+            since = path.stat().st_mtime_ns
+            known |= {(name, slide.fingerprint): (digest, since) for name, digest in slide.artifacts.items()}
+    return known
 
 
 def _inside(path: Path, out: Path) -> str:
@@ -246,7 +267,9 @@ def _places(out: Path, stage: str) -> Mapping[str, str]:
 
 def _reported(run: Run, stage: str) -> StageReport:
     """What the receipts of a stage say of the slides of the cohort."""
-    found = {slide.slide_id: slide for receipt in read_receipts(run.layout.out, (stage,)) for slide in receipt.slides}
+    out = run.layout.out
+    receipts = [read_receipt(receipt_path(out, stage, job.group)) for job in read_plan(out).of(stage)]
+    found = {slide.slide_id: slide for receipt in receipts if receipt for slide in receipt.slides}
     rows = [found[row.slide_id] for row in run.cohort.rows if row.slide_id in found]
     return StageReport(stage, tuple(Outcome(row.slide_id, row.status, row.reason) for row in rows))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +13,10 @@ from pathfm.errors import StoreError, UsageError
 from pathfm.faults import crash_point
 from pathfm.log import say
 from pathfm.store.commit import read_json, recover
-from pathfm.store.lease import Leases, holder
 from pathfm.store.manifest import CARD
 from pathfm.store.pinned import Pinned, PinnedSlide, read_pinned, write_pinned
 from pathfm.store.tile_store import TileStore, open_tiles
-from pathfm.workflow import Run, stores_of
+from pathfm.workflow import Run, alone_at, stores_of
 
 __all__ = ["encoder_folder", "pretrain_fingerprint", "run_pretraining", "weights_digest"]
 
@@ -50,7 +49,7 @@ def run_pretraining(run: Run) -> None:
     inputs = pretrain_inputs(run)
     folder, paths = _folder(run, inputs.fingerprint), list(inputs.paths.values())
     patient_of = {row.slide_id: row.patient_id for row in run.cohort.rows}
-    with _alone(folder, run.study.compute.lease_s) if process_rank() == 0 else nullcontext():
+    with alone_at(folder, run.study.compute.lease_s) if process_rank() == 0 else nullcontext():
         if process_rank() == 0:
             _freeze(run, inputs)
         report = run_pretrain(run.study, paths, folder, inputs.fingerprint, sampling_facts(run), patient_of)
@@ -62,16 +61,6 @@ def run_pretraining(run: Run) -> None:
             say(f"{many}; --retrain-encoder adds them")
         if not report.did_nothing or not (folder / PAGE).is_file():
             say(f"page: {write_pretrain_page(folder, folder / PAGE)}")
-
-
-@contextmanager
-def _alone(folder: Path, lease_s: float) -> Iterator[None]:
-    """The right to train an encoder. A job whose engine was killed may still be at it: it is waited for, not doubled."""
-    with Leases(lease_s) as leases:
-        if leases.take(folder) is None:
-            say(f"{folder.name} is being pretrained ({holder(folder)}): waiting")
-            next(leases.each([folder], lambda it: it, lambda it: False))
-        yield
 
 
 def pretraining_stores(run: Run) -> dict[str, Path]:
@@ -221,7 +210,8 @@ def _freeze(run: Run, inputs: PretrainInputs) -> None:
     from pathfm.tile.stage import tile_settings_digest
 
     held_out = tuple(sorted(held_out_patients(run.study, run.cohort))) if _held_out(run) else ()
-    pinned = Pinned(tile_settings_digest(run.study.tile), inputs.slides, held_out)
-    if read_pinned(run.layout.out) != pinned:
+    before = read_pinned(run.layout.out)
+    pinned = Pinned(tile_settings_digest(run.study.tile), inputs.slides, held_out, before is not None and before.binding)
+    if before != pinned:
         write_pinned(run.layout.out, pinned)
     crash_point("pretraining.frozen")

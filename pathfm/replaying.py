@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pathfm.config import ENCODER_NAMES, PATHS, bullet_list, load_study
-from pathfm.errors import ExitCode, StoreError, UsageError
+from pathfm.errors import ExitCode, PathfmError, StoreError, UsageError
 from pathfm.log import say
 from pathfm.running import run_study
-from pathfm.store.commit import read_json
+from pathfm.store.commit import read_json, write_json
+from pathfm.store.pinned import pinned_file
 from pathfm.store.receipts import ALL, read_receipt, receipt_path
 from pathfm.study import Study
 from pathfm.study_plan import StudyPlan, flat, make_plan
@@ -50,14 +51,11 @@ def replay(study: Study, record: Path) -> ExitCode:
             "a replay needs a folder of its own", where=str(out), fix="add --set out=FOLDER, one that is not there"
         )
     again = _as_recorded(study, read_json(record)["settings"]).model_copy(update={"out": out})
-    for name in TAKEN_OVER:
-        if (home / name).is_file():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(home / name, out / name)
     try:
+        _take_over(home, out)
         plan = make_plan(begin(again))
         _check_same(plan, recorded, record)
-    except UsageError:
+    except PathfmError:
         shutil.rmtree(out, ignore_errors=True)
         raise
     code = run_study(again)
@@ -68,6 +66,16 @@ def replay(study: Study, record: Path) -> ExitCode:
         return ExitCode.SOME_FAILED
     say(f"replayed: {len(recorded)} jobs, all with the same content as in {record.name}")
     return code
+
+
+def _take_over(home: Path, out: Path) -> None:
+    """Copies what was decided once."""
+    for name in TAKEN_OVER:
+        if (home / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(home / name, out / name)
+    if pinned_file(out).is_file():
+        write_json(pinned_file(out), {**read_json(pinned_file(out)), "binding": True})
 
 
 def _jobs_of(record: Path) -> Mapping[str, Mapping[str, Any]]:

@@ -27,7 +27,7 @@ from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, PathfmError, StoreError, UsageError
 from pathfm.events import Events, public_text
 from pathfm.log import get_log
-from pathfm.store.commit import content_digest, write_json
+from pathfm.store.commit import content_digest, disk_errors, write_json
 from pathfm.store.manifest import file_digest
 from pathfm.store.receipts import ALL, FOLDER, STAGES, Receipt, read_receipt
 from pathfm.store.record import library_versions
@@ -88,11 +88,10 @@ class RunManifest:
         if isinstance(error, UsageError) and chain_heads(self._out) == self._before:
             return
         try:
-            self._write(error)
-        except StoreError as trouble:
-            if error is None:
-                raise
-            log.warning("%s", trouble)  # the first error is what the user must see
+            with disk_errors(self._out / RUNS):
+                self._write(error)
+        except StoreError as trouble:  # the work is done all the same
+            log.warning("this run is not recorded: %s", trouble)
 
     def _write(self, error: BaseException | None) -> None:
         code, reason = (self.exit_code, "") if error is None else _ending(error)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pathfm.errors import ExitCode, UsageError
-from pathfm.jobs import Jobs, failed_slides, write_receipts
+from pathfm.jobs import Jobs, drop_old_receipts, failed_slides, write_receipts
 from pathfm.log import say
 from pathfm.run_manifest import recorded
 from pathfm.store.receipts import STAGES
 from pathfm.study import Study
-from pathfm.study_plan import StudyPlan, make_plan, write_plan
+from pathfm.study_plan import StudyPlan, make_plan, plan_file, write_plan
 from pathfm.workflow import Run, begin, keep_settings, study_to_oneself
 
-STATES = {"current": "up to date", "new": "new", "stale": "stale", "failed": "some failed", "gone": "gone"}
+STATES = {"current": "up to date", "new": "new", "stale": "stale", "failed": "some failed", "gone": "gone", "forced": "forced"}
 """States of jobs, for people."""
 
 
@@ -38,6 +39,7 @@ class RunOptions:
         dag: file for a picture of the jobs.
         unlock: remove the lock of a Snakemake that was killed.
         snakemake_report: also write Snakemake's own report.
+        replay: do instead what this record says, and compare.
     """
 
     engine: Literal["local", "snakemake"] = "local"
@@ -52,6 +54,7 @@ class RunOptions:
     dag: Path | None = None
     unlock: bool = False
     snakemake_report: bool = False
+    replay: Path | None = None
 
 
 def run_study(study: Study, options: RunOptions | None = None) -> ExitCode:
@@ -61,9 +64,13 @@ def run_study(study: Study, options: RunOptions | None = None) -> ExitCode:
         UsageError: a stage that does not exist, or several processes at once.
     """
     options = options or RunOptions()
-    _check(options)
+    _check(study, options)
+    if options.replay:
+        from pathfm.replaying import replay
+
+        return replay(study, options.replay)
     run = begin(study)
-    asked = options.why or options.dry_run
+    asked = options.why or options.dry_run or options.dag or options.unlock
     if options.retrain_encoder:
         from pathfm.retraining_price import retrain_price
 
@@ -72,24 +79,34 @@ def run_study(study: Study, options: RunOptions | None = None) -> ExitCode:
         if not asked and not options.yes:
             raise UsageError("retraining the encoder makes everything after it anew", fix="add --yes to accept this price")
     plan = make_plan(run, options.forcerun, options.retrain_encoder)
-    if options.why or (options.dry_run and options.engine == "local"):
-        for line in explained(plan, options.until) if options.why else summary(plan, options.until):
-            say(line)
-        return ExitCode.DONE
+    if asked:
+        return _answer(run, plan, options)
     return recorded("run", study, lambda: _run(run, plan, options))
+
+
+def _answer(run: Run, plan: StudyPlan, options: RunOptions) -> ExitCode:
+    """What is only asked for: nothing is run, and nothing of the study is written."""
+    if not options.why and options.engine == "snakemake":
+        with tempfile.TemporaryDirectory() as folder:
+            write_plan(Path(folder, "plan.json"), plan)
+            return _by_snakemake(run, plan, options, Path(folder, "plan.json"))
+    for line in explained(plan, options.until) if options.why else summary(plan, options.until):
+        say(line)
+    return ExitCode.DONE
 
 
 def _run(run: Run, plan: StudyPlan, options: RunOptions) -> ExitCode:
     with study_to_oneself(run.layout.out):
         keep_settings(run)
-        if options.retrain_encoder and not options.dry_run:
+        if options.retrain_encoder:
             from pathfm.pretraining import reopen_list
 
             reopen_list(run)
-        write_plan(run.layout.out, plan)
+        write_plan(plan_file(run.layout.out), plan)
         if options.engine == "snakemake":
             return _by_snakemake(run, plan, options)
         _in_this_process(run, plan, options.until)
+        drop_old_receipts(run.layout.out, plan)
     return max(run.exit_code, ExitCode.SOME_FAILED if failed_slides(run.layout.out, plan) else ExitCode.DONE)
 
 
@@ -98,14 +115,19 @@ def plan_study(study: Study) -> ExitCode:
     run = begin(study)
     plan = make_plan(run)
     keep_settings(run)
-    path = write_plan(run.layout.out, plan)
+    write_plan(plan_file(run.layout.out), plan)
     for line in summary(plan):
         say(line)
-    say(f"plan: {path}")
+    say(f"plan: {plan_file(run.layout.out)}")
     return ExitCode.DONE
 
 
-def _check(options: RunOptions) -> None:
+def _check(study: Study, options: RunOptions) -> None:
+    if study.mil.features is not None:
+        what = "features that were made elsewhere are given, so there is nothing to tile or to extract"
+        raise UsageError(what, where="mil.features", fix="use `pathfm mil train`")
+    if options.replay and options != RunOptions(replay=options.replay):
+        raise UsageError("a replay does the whole of a recorded run, in this process", fix="leave the other options out")
     for stage in filter(None, (options.until, *options.forcerun)):
         if stage not in STAGES:
             raise UsageError(f"there is no stage {stage!r}", fix=f"stages: {', '.join(STAGES)}")
@@ -128,7 +150,7 @@ def _in_this_process(run: Run, plan: StudyPlan, until: str) -> None:
         say("everything is up to date: nothing was done")
 
 
-def _by_snakemake(run: Run, plan: StudyPlan, options: RunOptions) -> ExitCode:
+def _by_snakemake(run: Run, plan: StudyPlan, options: RunOptions, file: Path | None = None) -> ExitCode:
     from pathfm.snakemake_engine import EngineOptions, run_snakemake
 
     engine = EngineOptions(
@@ -139,6 +161,7 @@ def _by_snakemake(run: Run, plan: StudyPlan, options: RunOptions) -> ExitCode:
         dag=options.dag,
         unlock=options.unlock,
         snakemake_report=options.snakemake_report,
+        plan=file,
     )
     return run_snakemake(run.layout.out, plan, engine)
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 INSTALLED = "share/pathfm/pipelines"
 """Where an installed pathfm has its rules and profiles, under the prefix of the installation."""
 LOGS = "logs"
+KILLED = 128 + signal.SIGKILL
+"""Exit code that a shell gives for a killed job."""
 REPORT = Path("report") / "snakemake.html"
 """Snakemake's own report, in the output folder."""
 PICTURES = {".dot": "dot", ".svg": "dot", ".png": "dot", ".mmd": "mermaid-js"}
@@ -54,6 +56,7 @@ class EngineOptions:
         unlock: only remove what a killed Snakemake that was started by hand has left.
         snakemake_report: afterwards, write Snakemake's own report.
         command: how jobs start pathfm, where they do not run in this Python.
+        plan: another file of the plan than the study's own, when nothing is to be written into it.
     """
 
     profile: str = "local"
@@ -64,6 +67,7 @@ class EngineOptions:
     unlock: bool = False
     snakemake_report: bool = False
     command: str = ""
+    plan: Path | None = None
 
 
 def run_snakemake(out: Path, plan: StudyPlan, options: EngineOptions) -> ExitCode:
@@ -121,7 +125,14 @@ def _environment(options: EngineOptions) -> dict[str, str]:
 
 
 def _arguments(out: Path, options: EngineOptions, whole: bool = False) -> list[str]:
-    config = {"out": out, "engine": os.getpid(), "until": options.until, "command": options.command, "whole": whole or ""}
+    config = {
+        "out": out,
+        "engine": os.getpid(),
+        "until": options.until,
+        "command": options.command,
+        "plan": options.plan,
+        "whole": whole or "",
+    }
     jobs = str(options.jobs or usable_cores())
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(pipelines() / "Snakefile"), "--directory", str(out)),
@@ -224,7 +235,7 @@ def _run(out: Path, plan: StudyPlan, options: EngineOptions) -> ExitCode:
     code, sent, progress = _start([*_arguments(out, options), "--nolock"], _environment(options), _Progress(out))
     broken = {name: ended[1] for name, log in logs.items() if (ended := _ended(out / log)) and ended != before[name]}
     for name in broken:
-        status(name, "failed", f"{_last_words(out / logs[name])} - see {logs[name]}")
+        status(name, "failed", f"{_last_words(out / logs[name], broken[name])} - see {logs[name]}")
     if sent:
         return ExitCode.INTERRUPTED if sent == signal.SIGINT else ExitCode.PREEMPTED
     if code and not broken and not progress.errors:
@@ -289,7 +300,9 @@ def _ended(log: Path) -> tuple[int, int] | None:
         return None
 
 
-def _last_words(log: Path) -> str:
+def _last_words(log: Path, code: int) -> str:
+    if code == KILLED:  # then its last line is about something else
+        return "it was killed, often for want of memory"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-2].strip() if len(lines) > 1 else "it said nothing"
 

@@ -21,7 +21,7 @@ from pathfm.errors import SlideError, StoreError, UsageError
 from pathfm.log import track
 from pathfm.pretrain_settings import PATH_SCHEMES
 from pathfm.store.cohort import SlideRow
-from pathfm.store.commit import read_json, write_json
+from pathfm.store.commit import content_digest, read_json, write_json
 from pathfm.store.manifest import file_digest
 from pathfm.store.pinned import read_pinned
 from pathfm.store.receipts import ALL, FOLDER, STAGES, Receipt, groups_of, read_receipt, receipt_path
@@ -59,7 +59,7 @@ class Planned:
         inputs: what else it depends on, by name.
         slide_ids: of the group, sorted.
         state: current; new (never run); stale; failed (some of its slides failed: they are tried again); gone (something that
-            it made is not there any more).
+            it made is not there any more); forced (it is asked for).
         why: sentences that say what has changed.
     """
 
@@ -120,7 +120,7 @@ def make_plan(run: Run, forced: Sequence[str] = (), retrain: bool = False) -> St
         judged = _judged(run.layout.out, job)
         upstream = [other for other in jobs if other.state != "current" and _feeds(other, judged)]
         if judged.stage in forced:
-            judged = replace(judged, state="stale", why=(*judged.why, "it is to run again (--forcerun)"))
+            judged = replace(judged, state="forced", why=(*judged.why, "it is to run again (--forcerun)"))
         elif judged.state == "current" and upstream:
             more = f" and {len(upstream) - 1} more" if len(upstream) > 1 else ""
             judged = replace(judged, state="stale", why=(f"it follows on {upstream[0].name}{more}",))
@@ -166,15 +166,16 @@ def _jobs(run: Run, retrain: bool) -> Iterator[Planned]:
     if run.study.has_own_encoder:
         pretrain = _pretrain_job(run, slides, retrain)
         yield pretrain
-        encoder = pretrain.fingerprint
+        encoder = fingerprint([pretrain.fingerprint, encoder])
     made, more = {}, {"encoder": encoder, TILE_SETTINGS: _tile_settings(run.study)}
     for group, rows in groups.items():
         inputs = {row.slide_id: slides[row.slide_id] for row in rows}
         job = _job("extract", group, run.study, {**inputs, **more}, rows=rows)
         made[group] = job.fingerprint
         yield job
-    truth = run.study.cohort.tile_labels
-    facts = {"tile labels": file_digest(truth) if truth else "", "features": fingerprint(sorted(made.items()))}
+    truth, split = run.study.cohort.tile_labels, run.study.mil.split.file
+    facts = {"tile labels": file_digest(truth) if truth else "", "split file": content_digest(split) if split else ""}
+    facts |= {"features": fingerprint(sorted(made.items()))}
     classifier = _job("mil", ALL, run.study, {**cohort, **facts}, cohort)
     yield classifier
     yield _job("report", ALL, run.study, {"mil": classifier.fingerprint}, cohort)
@@ -269,7 +270,8 @@ def _pretrain_job(run: Run, slides: Mapping[str, str], retrain: bool) -> Planned
     # A slide that had no tiles when the list was frozen is not in it: that it can be read by now changes nothing.
     current = {name: slides[name] for name in frozen if name in slides and (not listed or name in listed)}
     inputs = {name: value for name, value in sorted({**frozen, **current}.items()) if name not in out}
-    facts = {slide_id: row for slide_id, row in sampling_facts(run).items() if slide_id in inputs}
+    before = {name: slide.facts for name, slide in pinned.slides.items() if slide.facts} if pinned else {}
+    facts = {name: row for name, row in {**before, **sampling_facts(run)}.items() if name in inputs}
     weights = [weights_digest(name) for name in (run.study.pretrain.init, run.study.pretrain.teacher)]
     more = {"sampling": fingerprint(facts) if facts else "", "weights": fingerprint(weights)}
     return _job("pretrain", ALL, run.study, {**inputs, **more, TILE_SETTINGS: _tile_settings(run.study)}, inputs)
@@ -344,17 +346,17 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def write_plan(out: Path, plan: StudyPlan) -> Path:
-    """Writes ``receipts/plan.json``, which the jobs of an engine read.
+def plan_file(out: Path) -> Path:
+    """Where the plan of a study lies that an engine's jobs read."""
+    return out / FOLDER / FILE
 
-    It has, by stage and group, the fingerprint, the state and the number of slides, and everything else that a job needs.
-    """
-    path = out / FOLDER / FILE
+
+def write_plan(path: Path, plan: StudyPlan) -> None:
+    """Writes a plan: by stage and group the fingerprint, the state, the number of slides, and all else that a job needs."""
     stages: dict[str, dict[str, Any]] = {}
     for job in plan.jobs:
         stages.setdefault(job.stage, {})[job.group] = {**asdict(job), "slides": len(job.slide_ids)}
     write_json(path, {"format": FORMAT, "settings": plan.settings, "stages": stages})
-    return path
 
 
 def read_plan(out: Path) -> StudyPlan:
@@ -363,7 +365,7 @@ def read_plan(out: Path) -> StudyPlan:
     Raises:
         UsageError: there is none.
     """
-    path = out / FOLDER / FILE
+    path = plan_file(out)
     if not path.is_file():
         raise UsageError("nothing is planned here", where=str(out), fix="run `pathfm plan STUDY` first")
     found = read_json(path)

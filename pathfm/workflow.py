@@ -80,8 +80,10 @@ def open_study(source: Path, overrides: Sequence[str] = ()) -> Study:
             raise UsageError(
                 "no study.yaml in this folder", where=str(source), fix="name a study file, or run `pathfm tile` first"
             )
+        study = load_study(file, _one_cohort(overrides))
         # The folder may have been moved since: it is the output folder, wherever its settings say it was.
-        return load_study(file, _one_cohort(overrides)).model_copy(update={"out": source.absolute()})
+        is_given = any(override.partition("=")[0].strip() == "out" for override in overrides)
+        return study if is_given else study.model_copy(update={"out": source.absolute()})
     return load_study(source, _one_cohort(overrides))
 
 
@@ -162,6 +164,16 @@ def study_to_oneself(out: Path) -> Iterator[None]:
         if lease is None:
             fix = f"wait for it, or end it; that of a machine that died is free after {ttl_s:g} s"
             raise UsageError(f"another engine works on this study ({holder(target)})", where=str(out), fix=fix)
+        yield
+
+
+@contextmanager
+def alone_at(target: Path, lease_s: float) -> Iterator[None]:
+    """The right to make something alone. A job whose engine was killed may still be at it: it is waited for, not doubled."""
+    with Leases(lease_s) as leases:
+        if leases.take(target) is None:
+            say(f"another process makes {target.name} ({holder(target)}): waiting")
+            next(leases.each([target], lambda it: it, lambda it: False))
         yield
 
 

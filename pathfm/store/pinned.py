@@ -36,11 +36,13 @@ class Pinned:
         tiling: digest of the tile settings that the fingerprints were made with.
         slides: by slide_id; none: the list is open, and the next pretraining makes it of the slides that there are.
         held_out: patients who were kept back to be judged, sorted; they stay so.
+        binding: whether it holds although nothing was learned here yet, since it was taken over from another folder.
     """
 
     tiling: str
     slides: Mapping[str, PinnedSlide] = field(default_factory=dict)
     held_out: tuple[str, ...] = ()
+    binding: bool = False
 
 
 def pinned_file(out: Path) -> Path:
@@ -55,15 +57,17 @@ def read_pinned(out: Path) -> Pinned | None:
         StoreError: it is damaged, or of a newer version.
     """
     path = pinned_file(out)
-    if not path.is_file() or not any(next((out / FOLDER).glob(pattern), None) for pattern in LEARNED):
+    if not path.is_file():
         return None
     found = read_json(path)
+    if not found.get("binding") and not any(next((out / FOLDER).glob(pattern), None) for pattern in LEARNED):
+        return None
     fix = "delete it: the encoder is then pretrained on all slides of the cohort"
     if found.get("format") != FORMAT:
         raise StoreError("a list of pretraining slides of another version of pathfm", where=str(path), fix=fix)
     try:
         slides = {str(slide_id): PinnedSlide(**row) for slide_id, row in found["slides"].items()}
-        return Pinned(str(found["tiling"]), slides, tuple(map(str, found["held_out"])))
+        return Pinned(str(found["tiling"]), slides, tuple(map(str, found["held_out"])), found.get("binding") is True)
     except (AttributeError, KeyError, TypeError):
         raise StoreError("not a list of pretraining slides", where=str(path), fix=fix) from None
 

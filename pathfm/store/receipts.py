@@ -34,7 +34,6 @@ class SlideReceipt:
         slide_id: the slide.
         status: done, empty (nothing to use) or failed.
         reason: why it is empty or failed.
-        counts: numbers worth a column.
         fingerprint: what its artifacts depend on; empty where there are none.
         artifacts: path under the output folder -> content digest.
     """
@@ -42,7 +41,6 @@ class SlideReceipt:
     slide_id: str
     status: Literal["done", "empty", "failed"]
     reason: str = ""
-    counts: Mapping[str, int | float] = field(default_factory=dict)
     fingerprint: str = ""
     artifacts: Mapping[str, str] = field(default_factory=dict)
 

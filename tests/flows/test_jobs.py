@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from pathfm.config import load_study
 from pathfm.errors import ExitCode, UsageError
-from pathfm.jobs import Jobs, run_job, write_receipts
+from pathfm.jobs import Jobs, drop_old_receipts, run_job, write_receipts
 from pathfm.running import RunOptions, explained, plan_study, run_study, summary
 from pathfm.store.commit import content_digest
-from pathfm.store.receipts import read_receipt, read_receipts, receipt_path
-from pathfm.study_plan import make_plan, read_plan, write_plan
+from pathfm.store.receipts import read_receipt, read_receipts, receipt_path, write_receipt
+from pathfm.study_plan import make_plan, plan_file, read_plan, write_plan
 from pathfm.workflow import begin
 from tests.flows.conftest import STUDY
 
@@ -116,10 +118,61 @@ def test_a_failed_slide_is_a_row_and_is_tried_again(study, tmp_path):
     assert broken.stem.startswith(failed.slide_id)
     assert str(tmp_path) not in failed.reason
     broken.write_bytes(whole)
-    write_plan(study.out, make_plan(run))
+    write_plan(plan_file(study.out), make_plan(run))
     plan_study(study)
     assert run_job(study.out, "tile", job.group) == ExitCode.DONE
     assert not read_receipt(receipt_path(study.out, "tile", job.group)).failed
+
+
+def test_receipts_of_a_former_grouping_do_not_stay(study, tmp_path):
+    _tiled(study, tmp_path)
+    finer = study.model_copy(update={"compute": study.compute.model_copy(update={"group_slides": 2})})
+    run = begin(finer)
+    plan = make_plan(run)
+    assert {job.state for job in plan.of("tile")} == {"new"}
+    write_receipts(run, plan.of("tile"), Jobs(run).work("tile"))
+    drop_old_receipts(study.out, plan)
+    assert {receipt.group for receipt in read_receipts(study.out, ("tile",))} == {job.group for job in plan.of("tile")}
+
+
+def test_a_digest_is_only_believed_of_what_is_older_than_its_receipt(study, tmp_path):
+    run = _tiled(study, tmp_path)
+    job = make_plan(run).of("tile")[0]
+    path = receipt_path(study.out, "tile", job.group)
+    right, store = read_receipt(path), run.layout.store(job.slide_ids[0])
+    wrong = replace(right.slides[0], artifacts=dict.fromkeys(right.slides[0].artifacts, "0" * 64))
+    write_receipt(study.out, replace(right, slides=(wrong, *right.slides[1:])))
+    write_receipts(run, [job], Jobs(run).work("tile"))
+    assert read_receipt(path) != right, "nothing has changed since it was written"
+    os.utime(store)
+    write_receipts(run, [job], Jobs(run).work("tile"))
+    assert read_receipt(path) == right
+    write_receipt(study.out, replace(right, slides=(wrong, *right.slides[1:])))
+    write_receipts(run, [replace(job, state="forced")], Jobs(run).work("tile"))
+    assert read_receipt(path) == right
+
+
+def test_another_split_file_of_the_same_name_is_another_one(study, tmp_path):
+    found = []
+    for folder, text in (("a", "{}"), ("b", "{ }")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "splits.json").write_text(text)
+        split = study.mil.split.model_copy(update={"scheme": "file", "file": tmp_path / folder / "splits.json"})
+        changed = study.model_copy(update={"mil": study.mil.model_copy(update={"split": split})})
+        found.append(make_plan(begin(changed)).job("mil").fingerprint)
+    assert found[0] != found[1]
+
+
+def test_what_is_only_asked_for_writes_nothing(study, capsys):
+    assert run_study(study, RunOptions(why=True)) == run_study(study, RunOptions(dry_run=True)) == ExitCode.DONE
+    assert "mil: new - it has never run" in capsys.readouterr().out
+    assert not study.out.exists()
+
+
+def test_features_from_elsewhere_are_refused_with_the_command_that_takes_them(study, tmp_path):
+    given = study.model_copy(update={"mil": study.mil.model_copy(update={"features": tmp_path})})
+    with pytest.raises(UsageError, match="pathfm mil train"):
+        run_study(given)
 
 
 def test_jobs_want_the_settings_that_were_planned(study, tmp_path):

@@ -21,7 +21,7 @@ from pathfm.errors import ExitCode, MissingExtraError, UsageError
 from pathfm.snakemake_engine import EngineOptions, pipelines, run_snakemake
 from pathfm.store.lease import Leases
 from pathfm.store.receipts import STAGES, Receipt, SlideReceipt, read_receipt, read_receipts, receipt_path, write_receipt
-from pathfm.study_plan import Planned, StudyPlan, write_plan
+from pathfm.study_plan import Planned, StudyPlan, plan_file, write_plan
 from pathfm.workflow import study_to_oneself
 from tests.flows.conftest import run
 
@@ -59,7 +59,7 @@ def planned(out, states):
         if state != "new":
             write_receipt(out, Receipt(stage, group, "old" if state == "stale" else f"{stage} {group}"))
     plan = StudyPlan(tuple(jobs), "settings")
-    write_plan(out, plan)
+    write_plan(plan_file(out), plan)
     return plan
 
 
