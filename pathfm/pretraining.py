@@ -92,26 +92,6 @@ def pretrain_inputs(run: Run) -> PretrainInputs:
     return PretrainInputs(slides, {slide_id: paths[slide_id] for slide_id in slides if slide_id in paths}, digest, newcomers)
 
 
-def planned_encoder_fingerprint(run: Run, planned: Mapping[str, tuple[str, str]]) -> str | None:
-    """The encoder's fingerprint before tiles are made; None when it depends on tiles that there are not yet.
-
-    Args:
-        run: the study; its tile stores are only looked at where the list does not say enough.
-        planned: slide_id -> the two fingerprints that its store may have, of the slides that can be read.
-    """
-    pinned, out, present = read_pinned(run.layout.out), _held_out(run), dict[str, str]()
-    listed = pinned.slides if pinned else {}
-    for slide_id in [row.slide_id for row in run.cohort.rows if row.slide_id not in out]:
-        slide = listed.get(slide_id)
-        if listed and slide is None:
-            continue
-        store = _planned_store(run, slide_id, planned.get(slide_id, ()), slide)
-        if store is None:
-            return None
-        present |= {slide_id: store} if store else {}
-    return _settled(run, pinned, present, out)[2]
-
-
 def reopen_list(run: Run) -> None:
     """What ``--retrain-encoder`` does: the list is open, and the next pretraining makes it of the slides that there are.
 
@@ -192,16 +172,6 @@ def _store(run: Run, slide_id: str) -> TileStore | None:
         return open_tiles(run.layout.store(slide_id))
     except StoreError:
         return None
-
-
-def _planned_store(run: Run, slide_id: str, possible: tuple[str, ...], slide: PinnedSlide | None) -> str | None:
-    """The fingerprint that a slide's store will have; empty text: it will have no tiles; None: nobody knows yet."""
-    if slide is not None and slide.store in possible:
-        return slide.store
-    store = _store(run, slide_id)
-    if store is not None and store.fingerprint in (possible or ((slide.store,) if slide else ())):
-        return store.fingerprint if len(store) else ""
-    return None if possible else ""
 
 
 def _freeze(run: Run, inputs: PretrainInputs) -> None:

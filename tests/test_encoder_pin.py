@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from pathfm.encoder_pin import counted, encoder_fingerprint, trainable
 from pathfm.errors import StoreError, UsageError
 from pathfm.models.encoders import check_pinned
 from pathfm.pretraining import (
-    planned_encoder_fingerprint,
     pretrain_fingerprint,
     pretrain_inputs,
     pretraining_stores,
@@ -196,37 +194,6 @@ def test_slides_that_are_now_held_out_leave_the_list_and_make_it_stale(bench):
     assert len(bench.trained) == 2 and held and set(read_pinned(bench.out).held_out) == {f"p{name}" for name in held}
     assert bench.pretrain(*slides, *"mnop", **exclude).encoder != first.encoder and len(bench.trained) == 2
     assert set(pretrain_inputs(bench.run(*slides, *"mnop", **exclude)).newcomers) == set("mnop")
-
-
-@pytest.mark.parametrize(
-    ("slides", "more", "known"),
-    [
-        (("a", "b", "c"), {}, True),  # newcomers with tiles
-        (("a", "b"), {"absent": ("c",)}, True),  # and without
-        (("a",), {}, True),  # one has left
-        (("a",), {"unreadable": ("b",)}, True),
-        (("a",), {"absent": ("b",)}, True),  # its tiles were deleted: they will be the same
-        (("a", "b2"), {}, True),
-        (("a",), {"absent": ("b2",)}, False),  # another slide, not tiled yet
-        (("a", "b"), {"pretrain": {"steps": 7}}, True),
-        (("a", "b"), {"tile": {"tile_px": 64}}, True),
-    ],
-)
-def test_what_is_planned_before_tiling_is_what_comes(bench, slides, more, known):
-    bench.pretrain("a", "b")
-    run = bench.run(*slides, **more)
-    looks = {name[0]: planned(name) for name in (*slides, *more.get("absent", ()))}
-    if "absent" in more and more["absent"][0] != "c":
-        shutil.rmtree(run.layout.store("b"))
-    found = planned_encoder_fingerprint(run, looks)
-    assert found == (pretrain_fingerprint(bench.run(*slides, *more.pop("absent", ()), **more)) if known else None)
-
-
-def test_before_the_first_pretraining_the_plan_knows_it_once_all_is_tiled(bench):
-    run = bench.run("a", "b")
-    looks = {name: planned(name) for name in "abc"}
-    assert planned_encoder_fingerprint(run, {name: looks[name] for name in "ab"}) == pretrain_fingerprint(run)
-    assert planned_encoder_fingerprint(bench.run("a", "b", absent=("c",)), looks) is None
 
 
 def test_a_list_that_is_damaged_says_so(bench):
