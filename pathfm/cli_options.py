@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathfm.study import Study
 
 StudyArgument = Annotated[
-    Path, typer.Argument(help="A study file (YAML), or the output folder of an earlier `pathfm tile`.", metavar="STUDY")
+    Path, typer.Argument(help="A study file (YAML), or the output folder of an earlier command.", metavar="STUDY")
 ]
 SetOption = Annotated[
     list[str] | None,

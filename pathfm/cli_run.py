@@ -57,7 +57,8 @@ def run(
     unlock: Annotated[bool, typer.Option("--unlock", help="Only remove the lock that a killed Snakemake left.")] = False,
     snakemake_report: Annotated[bool, typer.Option("--snakemake-report", help="Also write Snakemake's own report.")] = False,
     replay: Annotated[
-        Path | None, typer.Option(help="Do what a record (OUT/runs/...json) says again, in another folder, and compare.")
+        Path | None,
+        typer.Option(help="Do what a record (OUT/runs/...json) says again, in OUT-replay or --set out=DIR, and compare."),
     ] = None,
     settings: SetOption = None,
 ) -> None:
@@ -152,8 +153,10 @@ def audit(
     """Check that no log line and no run manifest was altered, dropped, swapped or cut off (docs/audit.md)."""
     if new_key:
         from pathfm.chain import new_key as make_key
+        from pathfm.log import say
 
         make_key(new_key)
+        say(f"key: {new_key}, which only you can read; use it with: export PATHFM_AUDIT_KEY={new_key.absolute()}")
         return
     if folder is None:
         raise typer.BadParameter("name the folder to check, or --new-key FILE")

@@ -17,7 +17,7 @@ from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.faults import crash_point
 from pathfm.report.fates import without_folders
 from pathfm.store.cohort import shard_of
-from pathfm.store.commit import content_digest
+from pathfm.store.commit import content_digest, content_files
 from pathfm.store.receipts import (
     ALL,
     BY_GROUP,
@@ -119,7 +119,8 @@ class Jobs:
             train(self.run, inputs_of(self.run, self.extraction))
         own = own_encoder(self.run)
         places = {"features": self.extraction.sets["main"].folder, **({"encoder": own} if own else {})}
-        return Made(whole=(self.run.layout.mil,), places=places)
+        # File by file: what was changed later can be named.
+        return Made(whole=tuple(content_files(self.run.layout.mil)), places=places)
 
     def report(self) -> Made:
         """The page."""

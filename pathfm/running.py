@@ -126,6 +126,15 @@ def _check(study: Study, options: RunOptions) -> None:
     if study.mil.features is not None:
         what = "features that were made elsewhere are given, so there is nothing to tile or to extract"
         raise UsageError(what, where="mil.features", fix="use `pathfm mil train`")
+    of_snakemake = {
+        "--dag": options.dag,
+        "--unlock": options.unlock,
+        "--jobs": options.jobs,
+        "--snakemake-report": options.snakemake_report,
+    }
+    asked = [name for name, value in {**of_snakemake, "--profile": options.profile != "local"}.items() if value]
+    if asked and options.engine != "snakemake":
+        raise UsageError(f"{asked[0]} is for Snakemake", where="pathfm run", fix="add --engine snakemake")
     if options.replay and options != RunOptions(replay=options.replay):
         raise UsageError("a replay does the whole of a recorded run, in this process", fix="leave the other options out")
     for stage in filter(None, (options.until, *options.forcerun)):

@@ -306,7 +306,10 @@ def _judged(out: Path, job: Planned) -> Planned:
     except StoreError as error:
         return replace(job, state="stale", why=(error.what,))
     if receipt is None:
-        return replace(job, why=("it has never run",))
+        has_others = job.group != ALL and any(receipt_path(out, job.stage, ALL).parent.glob("*.json"))
+        return replace(
+            job, why=("the groups are others now: what its slides have is kept" if has_others else "it has never run",)
+        )
     if receipt.fingerprint != job.fingerprint:
         return replace(
             job, state="stale", why=tuple(_changes(receipt, job)) or ("a newer version of pathfm makes something else",)

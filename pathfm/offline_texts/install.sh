@@ -28,5 +28,9 @@ if [ -d wheels ]; then
         --no-index --no-deps --find-links wheels --requirement constraints.txt "pathfm==$version"
     echo "installed: $$target"
 fi
+if [ ! -x "$$target/bin/pathfm" ]; then
+    echo "there is no pathfm in $$target, and no wheels in this folder to install it from" >&2
+    exit 2
+fi
 "$$target/bin/pathfm" doctor
 exec "$$target/bin/pathfm" verify .

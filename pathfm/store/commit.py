@@ -262,14 +262,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def content_files(path: Path) -> list[Path]:
+    """The files of a file or folder that are its content: no records, no hidden files."""
+    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
+    plain = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    return [file for file in plain if not any(fnmatch.fnmatchcase(file.name, pattern) for pattern in RECORDS)]
+
+
 def content_digest(path: Path) -> str:
     """SHA-256 over the relative names and bytes of a file or folder, without records and hidden files: "identical"."""
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(item for item in path.rglob("*") if item.is_file())
-    for file in files:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)  # leases, and what is half-written
-        if hidden or any(fnmatch.fnmatchcase(file.name, pattern) for pattern in RECORDS):
-            continue
+    for file in content_files(path):
         name = file.relative_to(path).as_posix() if file != path else file.name
         digest.update(f"{len(name.encode())}:{name}:{file.stat().st_size}:".encode())
         with file.open("rb") as stream:
