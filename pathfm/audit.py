@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pathfm.chain import KEY_FILE, Head, Sealed, SecretKey, chain_files, key_of_environment, parse_sealed, read_key
+from pathfm.chain import ID, KEY_FILE, Head, Sealed, SecretKey, chain_files, key_of_environment, parse_sealed, read_id, read_key
 from pathfm.errors import ExitCode, UsageError
 from pathfm.log import say
 from pathfm.run_manifest import PATTERN, RUNS, manifest_text
@@ -41,6 +41,7 @@ class Chain:
         torn: bytes of a last line that no process has closed yet.
         records: line number, name and hash of manifests that events tell of.
         runs: kind -> runs that have begun or ended.
+        folders: ids of the folder, as its lines say; one, unless somebody has put together what does not belong so.
         last: its head.
     """
 
@@ -52,6 +53,7 @@ class Chain:
     torn: int = 0
     records: list[tuple[int, str, str]] = field(default_factory=list)
     runs: dict[str, set[str]] = field(default_factory=lambda: {"run_started": set(), "run_ended": set()})
+    folders: set[str] = field(default_factory=set)
     last: Head = field(default_factory=Head)
 
 
@@ -79,6 +81,7 @@ def audit(folder: Path, keys: Sequence[Path] = (), head: str = "") -> ExitCode:
     for chain in chains.values():
         findings += _unproved(chain, known, pinned.get(chain.path))
         findings += _records(chain)
+    findings += _strangers(chains.values())
     seen = {each for chain in chains.values() for each in chain.hashes.values()} | {_digest(path) for path in manifests}
     if head and head not in seen:
         findings.append(Finding(folder, 0, f"no manifest or line has the hash {head}: the end was cut off or written anew"))
@@ -168,6 +171,7 @@ class _Walk:
 
     def _note(self, number: int, said: Mapping[str, Any]) -> None:
         kind = said.get("kind")
+        self.chain.folders |= {str(said[ID])} if ID in said else set()
         if kind == "run_recorded":
             self.chain.records.append((number, str(said.get("manifest")), str(said.get("sha256"))))
         if kind in self.chain.runs:
@@ -208,6 +212,17 @@ def _records(chain: Chain) -> Iterator[Finding]:
             yield Finding(chain.path, number, f"the manifest {RUNS}/{path.name} was removed")
         elif _digest(path) != digest:
             yield Finding(path, 0, "altered since it was written")
+
+
+def _strangers(chains: Collection[Chain]) -> Iterator[Finding]:
+    """All chains of a folder must be of that folder."""
+    ids: dict[Path, set[str]] = {}
+    for chain in chains:
+        ids.setdefault(chain.path.parent, {read_id(chain.path.parent)} - {""}).update(chain.folders)
+    for chain in chains:
+        if chain.folders and len(ids[chain.path.parent]) > 1:
+            what = f"of the folder {', '.join(sorted(chain.folders))}, and others here are of another: copied from elsewhere"
+            yield Finding(chain.path, 0, what)
 
 
 def _folders_of_runs(folder: Path, chains: Mapping[Path, Chain]) -> list[Path]:

@@ -14,20 +14,25 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pathfm.errors import UsageError
 from pathfm.log import get_log
+from pathfm.workers import ProcessName
 
 KEY_FILE = "PATHFM_AUDIT_KEY"
 """Environment variable that names the file with the key."""
 LEAST_KEY_BYTES = 32
 PATTERN = "events-*.jsonl"
 """Names of files of sealed lines."""
+ID_FILE, ID = ".chain-id", "folder_id"
+"""File with the id of a folder of such files, and the field of a line that has it."""
 
 _SEALED = re.compile(rb'(\{.*), "mac": (?:"([0-9a-f]{64})"|null)\}', re.DOTALL)
+_FOLDER_ID = re.compile("[0-9a-f]{16}")
 _BLOCK = 1 << 16
 
 log = get_log(__name__)
@@ -151,10 +156,11 @@ def parse_sealed(line: bytes) -> Sealed | None:
 
 
 class End(NamedTuple):
-    """The end of a file of lines: its last sealed line, and what lies behind that (line end included)."""
+    """The end of a file of lines: its last sealed line, what lies behind that (line end included), and its folder's id."""
 
     head: Head
     behind: bytes
+    folder_id: str = ""
 
 
 def read_end(file: BinaryIO) -> End:
@@ -168,11 +174,68 @@ def read_end(file: BinaryIO) -> End:
         for line in reversed(lines if reach == size else lines[1:]):  # the first one may be a part of a line
             sealed = parse_sealed(line)
             if sealed:
-                return End(sealed.head, data[end:])
+                return End(sealed.head, data[end:], str(sealed.said.get(ID, "")))
             end -= len(line) + 1
         if reach == size:
             return End(Head(), data)
         reach = min(size, reach * 8)
+
+
+def told(path: Path, *kinds: str) -> Iterator[Mapping[str, Any]]:
+    """The sealed lines of these kinds in a file of events; whether they are sound, the audit says."""
+    with path.open("rb") as file:
+        for line in file:
+            sealed = parse_sealed(line.removesuffix(b"\n")) if any(kind.encode() in line for kind in kinds) else None
+            if sealed and sealed.said.get("kind") in kinds:
+                yield sealed.said
+
+
+def folder_id(folder: Path) -> str:
+    """The id that all lines in a folder carry: 16 random digits, made with the first of them, the same for all who write there.
+
+    Empty where the drive cannot give it to all writers at once (it has no hard links, or is full).
+    """
+    file = folder / ID_FILE
+    try:
+        if not file.is_file():
+            _make_id(file, _told_id(folder) or secrets.token_hex(8))
+        return read_id(folder) or _told_id(folder)
+    except OSError:
+        return ""
+
+
+def read_id(folder: Path) -> str:
+    """What the file with the id of a folder says; empty where there is none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    file = folder / ID_FILE
+    said = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+    return said if _FOLDER_ID.fullmatch(said) else ""
+
+
+def _make_id(file: Path, new: str) -> None:
+    """Whole at once, and never over one that another process has just made."""
+    temporary = file.with_name(f"{ID_FILE}-{secrets.token_hex(4)}.{ProcessName.here()}.partial")  # swept if this is killed
+    try:
+        with temporary.open("w", encoding="ascii") as stream:
+            stream.write(new + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        with suppress(FileExistsError):
+            file.hardlink_to(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _told_id(folder: Path) -> str:
+    """The id that the lines of a folder carry whose file was lost, as in a copy without hidden files."""
+    for path in sorted(folder.glob(PATTERN)):
+        with path.open("rb") as file:
+            if _FOLDER_ID.fullmatch(told := read_end(file).folder_id):
+                return told
+    return ""
 
 
 def chain_files(folder: Path) -> Iterator[Path]:

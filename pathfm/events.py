@@ -9,6 +9,7 @@ written: no paths, no patients, nothing of a slide but its id; texts are cut as 
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from pathfm.addresses import SCHEMES
-from pathfm.chain import KEY_FILE, Head, key_of_environment, read_end, seal
+from pathfm.chain import ID, KEY_FILE, Head, folder_id, key_of_environment, read_end, seal
 from pathfm.log import get_log
 from pathfm.workers import ProcessName
 
@@ -43,6 +44,9 @@ KINDS: Mapping[str, frozenset[str]] = {
     "chain_started": _BEHIND,
 }
 """Every kind of event and the fields it may have, besides time, kind, host, pid and run, and those of the chain."""
+MOST_UNWRITTEN = 1 << 20
+"""Bytes that wait for room on a full disk; what happens while so many wait is not told."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _SCHEME = rf"(?:[a-z][a-z0-9+]*://|(?:{'|'.join(sorted(SCHEMES))}):/)"
 _ADDRESS = re.compile(rf"\b{_SCHEME}[^\s'\"?#]*?([^\s/'\"?#]*)(?:[?#][^\s'\"]*)?(?=[\s'\"]|$)", re.IGNORECASE)
@@ -74,6 +78,8 @@ def _last(path: str) -> str:
 class Events:
     """The events of one run, of any number of threads. A folder or disk that cannot be written is logged once, and ends no run.
 
+    What a full disk does not take is kept and written when there is room again, up to ``MOST_UNWRITTEN`` bytes.
+
     Args:
         folder: where the files of this machine are; it is made if it is absent.
 
@@ -85,13 +91,15 @@ class Events:
         here = ProcessName.here()
         self._key = key_of_environment()
         self._root = next((place for place in (folder, *folder.absolute().parents) if (place / "study.yaml").is_file()), folder)
-        self._common = {"host": here.host, "pid": here.pid, "run": secrets.token_hex(4)}
+        self._common: dict[str, str | int] = {"host": here.host, "pid": here.pid, "run": secrets.token_hex(4)}
         self._lock = threading.Lock()
         self._head, self._unwritten, self._file = Head(), b"", -1
+        self._written, self._is_full = Head(), False
         stem = f"events-{here.host}-{here.machine}"
         self.path = folder / f"{stem}.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._common |= {ID: own} if (own := folder_id(folder)) else {}
             self._take(stem)
             self._continue()
         except OSError as error:
@@ -100,9 +108,14 @@ class Events:
     @property
     def head(self) -> dict[str, str | int | None]:
         """The file, and number, hash and MAC of its last line: whoever keeps them elsewhere can tell a log that was cut off."""
+        self.flush()
+        head = self._written
+        return {"file": self.path.name, "sequence": head.sequence, "hash": head.hash, "mac": head.mac}
+
+    def flush(self) -> None:
+        """What was written so far is on the drive, unless that is full or fails."""
         with self._lock, suppress(OSError):
             self._flush()
-        return {"file": self.path.name, "sequence": self._head.sequence, "hash": self._head.hash, "mac": self._head.mac}
 
     def write(self, kind: str, **fields: object) -> None:
         """Append one event.
@@ -125,12 +138,10 @@ class Events:
             line, head = seal({"time": now, "kind": kind, **self._common, **fields}, self._head, self._key)
             if self._file < 0:
                 return
-            self._head = head
-            self._unwritten += line + b"\n"
-            try:
-                self._append()
-            except OSError as error:
-                self._give_up(error)
+            if len(self._unwritten) < MOST_UNWRITTEN:
+                self._head = head
+                self._unwritten += line + b"\n"
+            self._try()
 
     def close(self) -> None:
         """Write no more. Closing twice is allowed."""
@@ -166,7 +177,8 @@ class Events:
     def _continue(self) -> None:
         """Goes on where the chain of the file ends."""
         with self.path.open("rb") as file:
-            self._head, behind = read_end(file)
+            self._head, behind, _ = read_end(file)
+        self._written = self._head
         if self._head.key and not self._key:
             what = "this log is kept with a key, and %s names none now: the audit will find the lines that follow"
             log.warning(f"%s: {what}", self.path, KEY_FILE)
@@ -182,6 +194,18 @@ class Events:
         """Writes what is due; what a full disk cuts short is written on when there is room again."""
         if self._unwritten:
             self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        if not self._unwritten:
+            self._written, self._is_full = self._head, False
+
+    def _try(self) -> None:
+        try:
+            self._append()
+        except OSError as error:
+            if error.errno not in FULL:
+                self._give_up(error)
+            elif not self._is_full:
+                self._warn(error)
+                self._is_full = True
 
     def _flush(self) -> None:
         if self._file >= 0:
@@ -193,6 +217,9 @@ class Events:
         self._file = -1
 
     def _give_up(self, error: OSError) -> None:
-        log.warning("%s: events are not written: %s", self.path, error.strerror)
+        self._warn(error)
         if self._file >= 0:
             self._shut()
+
+    def _warn(self, error: OSError) -> None:
+        log.warning("%s: events are not written: %s", self.path, error.strerror)

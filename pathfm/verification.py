@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pathfm.chain import chain_files, parse_sealed
+from pathfm.batch.verified import check_results
+from pathfm.chain import chain_files, told
 from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, track
@@ -15,10 +16,9 @@ from pathfm.offline import SUMS, check_carried
 from pathfm.run_manifest import manifest_files
 from pathfm.store.commit import content_digest, read_json
 from pathfm.store.manifest import file_digest, manifest_of
-from pathfm.store.receipts import FOLDER, STAGES, read_receipt
+from pathfm.store.receipts import BY_GROUP, FOLDER, STAGES, Receipt, read_receipt
 
 THREADS = 4
-RESULT, RESULTS = "result.json", "results"
 CARD, WEIGHTS, BUNDLE = "card.json", "model.safetensors", "bundle.json"
 WEIGHTS_DIGEST = "weights_sha256"
 
@@ -103,8 +103,8 @@ def _differences(part: Part, digests: Mapping[Path, str], folder: Path) -> Itera
 
 
 def _stages(out: Path) -> Iterator[Part]:
-    """What the receipts of a study name; those that have changed since the last recorded run are noted."""
-    recorded = _jobs(out)
+    """What the receipts of a study name, and whether they have changed since the last recorded run."""
+    known = _known_jobs(out)
     for stage in STAGES:
         wanted: dict[Path, str] = {}
         problems, notes = [], []
@@ -118,19 +118,63 @@ def _stages(out: Path) -> Iterator[Part]:
             if not receipt:
                 continue
             wanted |= {out / name: digest for name, digest in receipt.all_artifacts.items()}
-            if recorded.get(f"{stage}/{path.stem}", receipt.content) != receipt.content:
-                notes.append(f"{FOLDER}/{stage}/{path.name}: of other content than when the last recorded run ended")
+            was = known.get(f"{stage}/{path.stem}")
+            if not was or was.content == receipt.content:
+                continue
+            what = f"{FOLDER}/{stage}/{path.name}: of other content than when the last recorded run ended"
+            is_note = _is_explained(out, receipt, was)
+            notes += [what] if is_note else []
+            problems += [] if is_note else [f"{what}, and nothing has worked on its slides since"]
         if paths:
             yield Part(stage, wanted, problems=tuple(problems), notes=tuple(notes))
 
 
-def _jobs(out: Path) -> dict[str, str]:
-    """Job -> content of its receipt, as the last manifest has it."""
-    try:
-        jobs = read_json(manifest_files(out)[-1]).get("jobs", {})
-        return {name: str(job["content"]) for name, job in jobs.items() if "content" in job}
-    except (IndexError, StoreError, AttributeError, TypeError):  # none, or one that the audit tells of
-        return {}
+@dataclass(frozen=True)
+class Known:
+    """What manifests say of a job.
+
+    Attributes:
+        fingerprint: what it depended on.
+        content: digest of what it had made.
+        heads: how long each file of events was when that was first said.
+    """
+
+    fingerprint: str
+    content: str
+    heads: Mapping[str, int]
+
+
+def _known_jobs(out: Path) -> dict[str, Known]:
+    """The jobs of the last manifest."""
+    known: dict[str, Known] = {}
+    for path in manifest_files(out):
+        try:
+            said = read_json(path)
+            heads = {str(head["file"]): int(head["sequence"]) for head in said["chains"]}
+            jobs = {
+                name: (str(job["fingerprint"]), str(job["content"])) for name, job in said["jobs"].items() if "content" in job
+            }
+        except (StoreError, AttributeError, KeyError, TypeError, ValueError):  # the audit tells of it
+            continue
+        found = {name: Known(*job, heads) for name, job in jobs.items()}
+        known = found | {name: was for name, was in known.items() if name in found and found[name].content == was.content}
+    return known
+
+
+def _is_explained(out: Path, receipt: Receipt, known: Known) -> bool:
+    """Whether a receipt may have come to say something else than the manifests: a run was killed, or is still going.
+
+    Stages that work on slides tell of each: of the same slides and settings, only such work can have made something else.
+    """
+    if receipt.stage not in BY_GROUP or receipt.fingerprint != known.fingerprint:
+        return True
+    slides = {slide.slide_id for slide in receipt.slides}
+    return any(
+        said["sequence"] > known.heads.get(path.relative_to(out).as_posix(), 0)
+        for path in chain_files(out)
+        for said in told(path, "slide_done", "slide_empty", "slide_failed")
+        if said.get("stage") == receipt.stage and said.get("slide_id") in slides
+    )
 
 
 def _recorded(out: Path) -> Iterator[Part]:
@@ -177,37 +221,7 @@ def _encoders(folder: Path) -> Iterator[Part]:
         yield Part(f"encoder{name}", wanted, file_digest, tuple(problems))
 
 
-def _results(outbox: Path) -> Iterator[Part]:
-    """Results of a batch: the files that each names, and itself as the events tell of it."""
-    paths = sorted(outbox.glob(f"{RESULTS}/*/{RESULT}"))
-    if not paths:
-        return
-    wanted: dict[Path, str] = {}
-    problems = []
-    written = set(_written(outbox))
-    for path in paths:
-        name = path.relative_to(outbox).as_posix()
-        try:
-            files = read_json(path)["files"].items()
-            wanted |= {path.parent / file: str(digest) for file, digest in files}
-        except (StoreError, KeyError, AttributeError):
-            problems.append(f"{name}: not a result as it was written")
-            continue
-        if written and file_digest(path) not in written:
-            problems.append(f"{name}: differs from what the events tell of")
-    problems += _strangers(paths, wanted, outbox)
-    yield Part(RESULTS, wanted, file_digest, tuple(problems))
-
-
-def _written(outbox: Path) -> Iterator[str]:
-    """Hashes of results that the events of an outbox tell of."""
-    for path in chain_files(outbox):
-        with path.open("rb") as file:
-            lines = (parse_sealed(line.removesuffix(b"\n")) for line in file if b'"result_written"' in line)
-            yield from (str(sealed.said.get("result")) for sealed in lines if sealed)
-
-
-def _strangers(paths: Sequence[Path], wanted: Mapping[Path, str], outbox: Path) -> list[str]:
-    """Files in the folders of results that nobody has written there."""
-    files = sorted(file for path in paths for file in path.parent.rglob("*") if file.is_file() and file != path)
-    return [f"{file.relative_to(outbox).as_posix()}: does not belong there" for file in files if file not in wanted]
+def _results(folder: Path) -> Iterator[Part]:
+    """Results of a batch."""
+    if found := check_results(folder):
+        yield Part("results", found.wanted, file_digest, found.problems, notes=found.notes)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pathfm.audit import audit, read_chain
-from pathfm.chain import KEY_FILE, Head, new_key, parse_sealed, read_key, seal
+from pathfm.chain import ID_FILE, KEY_FILE, Head, new_key, parse_sealed, read_key, seal
 from pathfm.config import load_study
 from pathfm.errors import ExitCode, PreemptedError, StoreError, UsageError
 from pathfm.events import Events
@@ -306,6 +306,36 @@ def test_results_of_a_batch_keep_heads_too(tmp_path, key, audited):
     assert audited().code == 0
     rewrite(events.path, lambda lines: lines[:0])
     assert "results/a/result.json" in audited().told
+
+
+def test_a_chain_that_was_copied_from_another_folder(out, audited):
+    run_once(out.parent / "other")
+    source, target = chain_of(out.parent / "other" / "tile"), chain_of(out / "tile")
+    copied = target.with_name(f"{target.stem}-2.jsonl")
+    shutil.copy(source, copied)
+    found = audited()
+    assert f"tile/{copied.name}: of the folder " in found.told and "copied from elsewhere" in found.told
+    (out / "tile" / ID_FILE).unlink()
+    assert audited().code == 3
+    copied.unlink()
+    assert audited().code == 0
+    # A folder of its own is no stranger: stages of a study have theirs.
+    assert len({json.loads(chain_of(place).read_text().partition("\n")[0])["folder_id"] for place in (out, out / "tile")}) == 2
+
+
+def test_lines_from_before_there_were_ids_stay_readable(tmp_path, key, audited):
+    run_once(tmp_path / "out")
+    for path in (tmp_path / "out").rglob("events-*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        old = [json.dumps({name: value for name, value in line.items() if name != "folder_id"}) for line in lines]
+        path.write_bytes(b"".join(resealed(old, read_key(key))))
+    shutil.rmtree(tmp_path / "out" / "runs")
+    chain_of(tmp_path / "out").unlink()
+    for path in (tmp_path / "out").rglob(ID_FILE):
+        path.unlink()
+    assert audited().code == 0
+    run_once(tmp_path / "out")
+    assert audited().code == 0, audited().told
 
 
 def test_writers_in_several_processes_and_a_manifest(tmp_path, key, audited):

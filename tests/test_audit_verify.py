@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
+from pathfm.batch.results import Outbox
 from pathfm.errors import UsageError
 from pathfm.events import Events
 from pathfm.run_manifest import RunManifest
@@ -63,12 +65,18 @@ def outbox(out):
         for name in ("a", "b"):
             folder = out / "results" / name
             files = {
-                "predictions.csv": _sha(_write(folder / "predictions.csv", "p")),
+                "predictions.csv": _sha(_write(folder / "predictions.csv", f"slide_id,{name}\n{name},1\n")),
                 "x/h.png": _sha(_write(folder / "x/h.png", "h")),
             }
-            result = _write(folder / "result.json", json.dumps({"files": files, "slide_id": name}))
-            events.write("result_written", stage="batch", slide_id=name, result=_sha(result))
-    return [path for path in (out / "results").rglob("*") if path.is_file()]
+            said = dict.fromkeys(("outcome", "decision", "bundle", "time"), "") | {
+                "name": name,
+                "slide_id": name,
+                "drift": None,
+            }
+            result = _write(folder / "result.json", json.dumps(said | {"files": files, "identity": name * 64}))
+            events.write("result_written", stage="batch", slide_id=name, identity=name * 64, bundle="", result=_sha(result))
+    Outbox(out).write_index(Outbox(out).read_results()[0])
+    return [*(path for path in (out / "results").rglob("*") if path.is_file()), out / "predictions.csv"]
 
 
 def recorded(out):
@@ -92,12 +100,13 @@ def test_every_byte_counts(tmp_path, make, capsys):
         is_receipt = path.parts[-3] == "receipts"  # its last byte ends the line and says nothing
         for changed in (bytes([whole[0] ^ 1]) + whole[1:], whole[: -2 if is_receipt else -1]):
             path.write_bytes(changed)
-            assert verify(tmp_path / "x") == 3, path
+            is_end = path == tmp_path / "x/predictions.csv" and make is outbox and changed == whole[:-1]  # of the last line
+            assert verify(tmp_path / "x") == (0 if is_end else 3), path
         told = capsys.readouterr().out
         assert "  " in told
         path.unlink()
         # Without its receipt nothing says what a job made; the run manifest does, which `audit` looks after.
-        assert verify(tmp_path / "x") == (0 if is_receipt or path.name == "result.json" else 3), path
+        assert verify(tmp_path / "x") == (0 if is_receipt else 3), path
         path.write_bytes(whole)
     capsys.readouterr()
     assert verify(tmp_path / "x") == 0
@@ -129,6 +138,89 @@ def test_a_receipt_that_fits_a_changed_artifact_is_noted(tmp_path, capsys):
     )
     assert verify(out) == 0
     assert "note: receipts/report/all.json: of other content than when the last" in capsys.readouterr().out
+
+
+def _job(out, content, done=True):
+    """A job of the stage tile, and the event of its slide."""
+    _write(out / "tiles/spec/a.zarr/pixels/0", content)
+    if done:
+        with Events(out / "tiles/spec") as events:
+            events.write("slide_done", stage="tile", slide_id="a")
+    made = {"tiles/spec/a.zarr": content_digest(out / "tiles/spec/a.zarr")}
+    write_receipt(out, Receipt("tile", "1-of-1", "f", slides=(SlideReceipt("a", "done", artifacts=made),)))
+
+
+def test_a_receipt_that_nothing_can_have_made_is_a_problem(tmp_path, capsys):
+    out = tmp_path / "x"
+    for content in ("pixels", "other pixels"):  # the second by a run without a manifest: it was killed
+        _job(out, content)
+        assert verify(out) == 0
+        assert ("note: receipts/tile/1-of-1.json" in capsys.readouterr().out) == (content != "pixels")
+        if content == "pixels":
+            with RunManifest(out, "run"):
+                pass
+    for _ in range(2):
+        with RunManifest(out, "run"):
+            pass
+    assert verify(out) == 0
+    _job(out, "forged pixels", done=False)
+    assert verify(out) == 3
+    assert "receipts/tile/1-of-1.json: of other content than when the last recorded run ended, and nothing has worked on" in (
+        capsys.readouterr().out
+    )
+
+
+def test_results_that_are_swapped_copied_or_gone(tmp_path, capsys):
+    out = tmp_path / "x"
+    outbox(out)
+    a, b, aside = out / "results/a", out / "results/b", out / "results/.aside"
+    for one, other in ((a, aside), (b, a), (aside, b)):
+        one.rename(other)
+    assert verify(out) == 3
+    assert "results/a/result.json: the result called b, copied or moved" in capsys.readouterr().out
+    shutil.rmtree(a)
+    assert verify(out) == 3
+    assert "results: the result of b (bbbbbbbb), which the events tell of, is missing" in capsys.readouterr().out
+    shutil.rmtree(out / "results")
+    assert verify(out) == 3
+
+
+def test_results_of_another_outbox_with_their_events(tmp_path, capsys):
+    outbox(tmp_path / "x")
+    with Events(tmp_path / "y") as events:
+        result = _write(tmp_path / "y/results/c/result.json", json.dumps({"files": {}, "name": "c", "identity": "c" * 64}))
+        events.write("result_written", stage="batch", slide_id="c", identity="c" * 64, result=_sha(result))
+    shutil.copytree(tmp_path / "y/results/c", tmp_path / "x/results/c")
+    assert verify(tmp_path / "x") == 3
+    assert "results/c/result.json: the events do not tell of it" in capsys.readouterr().out
+    shutil.copy(events.path, tmp_path / "x" / f"{events.path.stem}-2.jsonl")
+    assert verify(tmp_path / "x") == 3
+    assert "the events are of several folders" in capsys.readouterr().out
+
+
+def test_the_table_of_all_results(tmp_path, capsys):
+    out = tmp_path / "x"
+    outbox(out)
+    index = out / "predictions.csv"
+    whole = index.read_text()
+    assert whole == "result,slide_id,a,b\na,a,1,\nb,b,,1\n"
+    for changed, words in (
+        (whole.replace("a,a,1,", "a,a,0,"), "the row of a is not that of its result"),
+        (whole + "c,c,1,\n", "the row of c is not"),
+        (whole + "b,b,,1\n", "the row of b is not"),
+        (whole.replace("b,b,,1\n", ""), "no row of b"),
+        (whole.replace("b,b", "b,\0"), "the row of b is not"),
+    ):
+        index.write_text(changed)
+        assert verify(out) == 3
+        assert f"  predictions.csv: {words}" in capsys.readouterr().out
+    index.unlink()
+    with Events(out) as events:
+        events.write("run_started", stage="batch")
+        assert verify(out) == 0  # killed before the table: the next run makes it
+        assert "note: predictions.csv: no row of a" in capsys.readouterr().out
+        events.write("run_ended", stage="batch")
+    assert verify(out) == 3
 
 
 def test_strangers_among_results(tmp_path, capsys):

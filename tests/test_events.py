@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from pathfm import events as events_module
 from pathfm.audit import audit
-from pathfm.chain import KEY_FILE, new_key, read_key
+from pathfm.chain import ID_FILE, KEY_FILE, PATTERN, new_key, read_id, read_key
 from pathfm.errors import PathfmError, UsageError
 from pathfm.events import KINDS, Events, public_text
 from pathfm.slides.reader import open_slide, slide_identity
@@ -47,7 +48,7 @@ def test_a_second_run_appends(tmp_path):
         with Events(tmp_path) as events:
             events.write("run_ended", stage="tile", seconds=1.0, counts={})
     assert len({line["run"] for line in lines(events)}) == 2
-    assert [path.name for path in tmp_path.iterdir()] == [events.path.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [ID_FILE, events.path.name]
     assert events.path.name.startswith("events-")
 
 
@@ -87,14 +88,15 @@ def test_several_processes_write_whole_lines(tmp_path):
         writer.stdin.write("\n")
         writer.stdin.flush()
     assert [writer.communicate() and writer.returncode for writer in writers] == [0] * 3
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.glob(PATTERN))
     assert len(files) == 3  # a chain has one end, so each process has its own
     assert {json.loads(file.read_text().partition("\n")[0])["pid"] for file in files} == {writer.pid for writer in writers}
     for file in files:
         assert [int(line["slide_id"]) for line in map(json.loads, file.read_text().splitlines())] == list(range(500))
     with Events(tmp_path) as events:  # a later process goes on with the first chain
         events.write("progress", done=1)
-    assert sorted(tmp_path.iterdir()) == files
+    assert sorted(tmp_path.glob(PATTERN)) == files
+    assert {json.loads(line)["folder_id"] for file in files for line in file.read_text().splitlines()} == {read_id(tmp_path)}
     assert lines(events)[-1]["sequence"] == 501
     assert audit(tmp_path) == 0
 
@@ -144,6 +146,75 @@ def test_a_disk_that_stays_full_leaves_a_torn_line_that_the_next_process_closes(
     assert json.loads(last)["done"] == 5
     assert audit(tmp_path) == 0
     assert "1 torn lines recovered" in capsys.readouterr().out
+
+
+def disk_of(monkeypatch, error=errno.ENOSPC):
+    """Fills and empties the disk: room(False), room(True)."""
+    write = os.write
+
+    def full(file, data):
+        raise OSError(error, os.strerror(error))
+
+    return lambda there: monkeypatch.setattr(os, "write", write if there else full)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_was_full_for_a_while_loses_nothing(tmp_path, monkeypatch, caplog, error):
+    room = disk_of(monkeypatch, error)
+    with Events(tmp_path) as events:
+        events.write("progress", done=1)
+        written = events.head
+        for done in (2, 3):
+            room(False)
+            events.write("progress", done=done)
+            events.write("progress", done=done)
+            assert events.head == written  # who keeps a head must not keep one that a kill would take back
+            room(True)
+            events.write("progress", done=0)
+            written = events.head
+            assert written["sequence"] == 3 * done - 2
+    assert [line["done"] for line in lines(events)] == [1, 2, 2, 0, 3, 3, 0]
+    assert len(caplog.records) == 2  # once each time
+    assert audit(tmp_path) == 0
+
+
+def test_a_disk_that_is_full_for_long_loses_whole_events_and_the_chain_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(events_module, "MOST_UNWRITTEN", 2000)
+    room = disk_of(monkeypatch)
+    with Events(tmp_path) as events:
+        room(False)
+        for done in range(100):
+            events.write("progress", done=done)
+        room(True)
+        events.write("progress", done=100)
+        events.write("progress", done=101)
+    found = [line["done"] for line in lines(events)]
+    assert found == [*range(len(found) - 1), 101] and 3 < len(found) < 12
+    assert audit(tmp_path) == 0
+
+
+def test_other_errors_of_the_drive_end_the_events(tmp_path, monkeypatch, caplog):
+    room = disk_of(monkeypatch, errno.EIO)
+    with Events(tmp_path) as events:
+        events.write("progress", done=1)
+        room(False)
+        events.write("progress", done=2)
+        room(True)
+        events.write("progress", done=3)
+        assert events.head["sequence"] == 1
+    assert [line["done"] for line in lines(events)] == [1] and len(caplog.records) == 1
+
+
+def test_the_id_of_a_folder_outlives_its_file(tmp_path):
+    for _ in range(2):
+        with Events(tmp_path) as events:
+            events.write("progress", done=1)
+        (tmp_path / ID_FILE).unlink()
+    (tmp_path / ID_FILE).write_text("torn")
+    with Events(tmp_path) as events:
+        events.write("progress", done=1)
+    assert len({line["folder_id"] for line in lines(events)}) == 1
+    assert audit(tmp_path) == 0
 
 
 def test_threads_share_a_chain(tmp_path):
@@ -222,7 +293,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_chain_that_goes_on(tm
         process.wait()
     with Events(tmp_path / "out") as events:
         events.write("progress", done=1)
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert len(list((tmp_path / "out").glob(PATTERN))) == 1
     assert len({json.loads(line)["run"] for line in events.path.read_bytes().splitlines() if line.endswith(b"}")}) == 4
     assert audit(tmp_path / "out") == 0, capsys.readouterr().out
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pathfm.batch.results import RESULT, Outbox
+from pathfm.batch.results import Outbox, Read
 from pathfm.errors import MissingExtraError, StoreError
 from pathfm.log import get_log
-from pathfm.store.commit import read_json
 from pathfm.store.feature_file import open_features
 from pathfm.store.tile_store import open_tiles
 
@@ -45,15 +44,14 @@ def _valid_features(path: Path | None) -> NDArray[Any]:
     return np.asarray(found.features[found.valid])
 
 
-def write_page(box: Outbox, reference: DriftReference | None, bundle: str) -> None:
+def write_page(box: Outbox, reference: DriftReference | None, bundle: str, found: Mapping[str, Read]) -> None:
     """Makes the page of all results of a bundle anew."""
     if reference is None:
         return
     from pathfm.mil.drift_cohort import cohort_flags
     from pathfm.report.drift_page import write_drift_page
 
-    found = [read_json(path) for path in box.results.glob(f"*/{RESULT}")]
-    mine = [said for said in found if said["bundle"] == bundle and said["drift"]]
+    mine = [read.said for read in found.values() if read.said["bundle"] == bundle and read.said["drift"]]
     rows = [_row(said) for said in sorted(mine, key=lambda said: (said["time"], said["name"]))]
     if not rows:
         return

@@ -31,6 +31,7 @@ class Health:
         last_error: what went wrong last, in one line.
         counts: of the ledger, and slides that wait.
         current: slides worked on now.
+        damaged: results that cannot be read any more.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Health:
     last_error: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     current: Sequence[str] = ()
+    damaged: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         here = ProcessName.here()
@@ -68,7 +70,8 @@ def health(outbox: Path, max_age_s: float = 26 * 3600) -> ExitCode:
         max_age_s: the inbox must have been looked at within this time [s]; the default suits one run a day.
 
     Returns:
-        DONE when all is well, INTERNAL when the batch does not work, SOME_FAILED when slides are in quarantine.
+        DONE when all is well, INTERNAL when the batch does not work, SOME_FAILED when slides are in quarantine, or
+        results are damaged.
 
     Raises:
         UsageError: no such folder.
@@ -80,10 +83,14 @@ def health(outbox: Path, max_age_s: float = 26 * 3600) -> ExitCode:
         say(f"not well: {problem}{f' (last error: {error})' if (error := said.get('last_error')) else ''}")
         return ExitCode.INTERNAL
     counts = ", ".join(f"{number} {name}" for name, number in sorted(said["counts"].items()))
-    records = sorted((outbox / "quarantine").glob("*.json"))
+    records, damaged = sorted((outbox / "quarantine").glob("*.json")), said.get("damaged", ())
+    if damaged:
+        say(f"{len(damaged)} results cannot be read, restore each from a copy: {', '.join(damaged)}")
     if records:
         since = min(str(_read(path).get("since", "")) for path in records)
         say(f"{len(records)} slides in quarantine since {since} (quarantine/*.json says why); {said['state']}: {counts}")
+        return ExitCode.SOME_FAILED
+    if damaged:
         return ExitCode.SOME_FAILED
     say(f"well; {said['state']}: {counts}")
     return ExitCode.DONE

@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +77,7 @@ class Ledger:
         self.entries: dict[str, Entry] = {}
         self.bundle, self.names = "", ""
         self._cache: dict[str, tuple[str, str]] = {}
+        self._end = 0
         is_new = not path.is_file()
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +94,9 @@ class Ledger:
         self._stream.seek(0)
         data = self._stream.read()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            self._stream.truncate(len(whole))
+        self._end = len(whole)
+        if self._end < len(data):
+            self._stream.truncate(self._end)
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._apply(json.loads(line))
@@ -106,10 +109,24 @@ class Ledger:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         line = {"time": now, "kind": kind, **facts}
         with disk_errors(self.path):
-            self._stream.write(json.dumps(line).encode() + b"\n")
-            os.fsync(self._stream)
+            self._append(json.dumps(line).encode() + b"\n")
         self._apply(line)
         crash_point(f"batch.ledger.{kind}")
+
+    def _append(self, line: bytes) -> None:
+        """Writes a line, whole or not at all: what a full disk cut short is taken back, or else before the next line."""
+        if self._stream.seek(0, os.SEEK_END) != self._end:
+            self._stream.truncate(self._end)
+        rest = line
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+            os.fsync(self._stream)
+        except OSError:
+            with suppress(OSError):
+                self._stream.truncate(self._end)
+            raise
+        self._end += len(line)
 
     def _apply(self, line: dict[str, Any]) -> None:
         """What one line says; of a kind that is not known it is an error, since a newer pathfm may mean anything by it."""
@@ -198,9 +215,9 @@ class Ledger:
         """Notes that a run was killed while it worked on this slide."""
         self._write("crashed", identity=entry.identity)
 
-    def done(self, entry: Entry, outcome: str) -> None:
-        """Notes that the result is there."""
-        self._write("done", identity=entry.identity, outcome=outcome, bundle=self.bundle)
+    def done(self, entry: Entry, outcome: str, bundle: str) -> None:
+        """Notes that the result is there, and the bundle that it is of."""
+        self._write("done", identity=entry.identity, outcome=outcome, bundle=bundle)
 
     def quarantine(self, entry: Entry, reason: str) -> None:
         """Notes that the slide cannot be used."""

@@ -16,7 +16,8 @@ from pathfm.batch.inbox import Inbox
 from pathfm.batch.ledger import FILE as LEDGER
 from pathfm.batch.ledger import Ledger
 from pathfm.batch.results import Outbox
-from pathfm.batch.runner import BatchOptions, Control, Runner, Stop
+from pathfm.batch.runner import BatchOptions, Control, Runner
+from pathfm.batch.stop import Stop
 from pathfm.chain import read_key
 from pathfm.errors import ExitCode, MissingExtraError, UsageError
 from pathfm.events import Events

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pathfm import __version__
 from pathfm.batch.ledger import Entry
 from pathfm.config import fingerprint
+from pathfm.errors import StoreError
 from pathfm.faults import crash_point
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import commit_dir, read_json, recover, write_json
@@ -36,6 +37,9 @@ PICTURES = {
 """Files of ``pathfm mil predict`` about one slide, and what they are called in its folder of results."""
 NO_TILES = "abstain:no tiles"
 """What is decided about a slide without tissue."""
+
+NEEDED = {"name", "slide_id", "identity", "outcome", "decision", "bundle", "drift", "time", "files"}
+"""What others read of a ``result.json``."""
 
 AddFiles = Callable[[Path], object]
 """Writes further files of a result into its folder."""
@@ -76,7 +80,8 @@ class Outbox:
         """Whether the result of a slide is there: a run may have been killed before it could note that."""
         file = self.results / entry.name / RESULT
         recover(file.parent)
-        return file.is_file() and read_json(file)["identity"] == entry.identity
+        found = _read(file) if file.is_file() else None
+        return found is not None and found.said["identity"] == entry.identity
 
     @property
     def quarantine(self) -> Path:
@@ -106,19 +111,43 @@ class Outbox:
         }
         write_json(self.record_of(entry), facts)
 
-    def write_index(self) -> None:
-        """Makes the table of all results anew from what lies in ``results``."""
+    def read_results(self) -> tuple[dict[str, Read], tuple[str, ...]]:
+        """All results by name, and the names of those that a drive has damaged."""
+        found = {path.parent.name: _read(path) for path in sorted(self.results.glob(f"[!.]*/{RESULT}"))}
+        damaged = tuple(name for name, read in found.items() if read is None)
+        return {name: read for name, read in found.items() if read is not None}, damaged
+
+    def write_index(self, found: Mapping[str, Read]) -> None:
+        """Makes the table of all results anew."""
         from pathfm.prediction import write_rows
 
-        found = {path.parent.name: path.with_name(PREDICTIONS) for path in self.results.glob(f"*/{RESULT}")}
-        rows = [{"result": name, **row} for name, file in sorted(found.items()) for row in _rows(file)]
+        rows = index_rows(found)
         if rows:
             write_rows(self.index, rows)
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+class Read(NamedTuple):
+    """A result as it lies there: what ``result.json`` says, and its row."""
+
+    said: dict[str, Any]
+    row: dict[str, str]
+
+
+def index_rows(found: Mapping[str, Read]) -> list[dict[str, str]]:
+    """The rows of the table of all results, in its order."""
+    return [{"result": name, **read.row} for name, read in sorted(found.items())]
+
+
+def _read(file: Path) -> Read | None:
+    """The result of a ``result.json``; None where one of its files is damaged."""
+    try:
+        said = read_json(file)
+        with file.with_name(PREDICTIONS).open(newline="", encoding="utf-8") as stream:
+            (row,) = csv.DictReader(stream, strict=True)
+    except (StoreError, OSError, ValueError, csv.Error):
+        return None
+    is_whole = said.keys() >= NEEDED and isinstance(said["drift"], dict | None) and None not in {*row, *row.values()}
+    return Read(said, row) if is_whole else None
 
 
 def shown(text: str) -> str:
@@ -143,7 +172,7 @@ class Findings:
     add_files: AddFiles = lambda _folder: None
 
 
-def commit_result(outbox: Outbox, entry: Entry, result: Result, found: Findings, check: Callable[[], None]) -> str:
+def commit_result(outbox: Outbox, entry: Entry, result: Result, found: Findings, check: Callable[[], None]) -> None:
     """Writes the folder of one slide, whole or not at all.
 
     Args:
@@ -152,9 +181,6 @@ def commit_result(outbox: Outbox, entry: Entry, result: Result, found: Findings,
         result: of its round; its pictures lie in the folder above the tile stores.
         found: what else there is to say.
         check: called last; when it raises, nothing was written.
-
-    Returns:
-        predicted, abstained or empty.
     """
     from pathfm.prediction import write_rows
 
@@ -171,7 +197,6 @@ def commit_result(outbox: Outbox, entry: Entry, result: Result, found: Findings,
         write_json(folder / RESULT, {**said, "files": files})
         crash_point("batch.result.before_commit")
     crash_point("batch.result.after_commit")
-    return outcome_of(said)
 
 
 def outcome_of(said: Mapping[str, Any]) -> str:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import datetime
 import hashlib
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 from pathfm.batch.health import Health, State, now
 from pathfm.batch.inbox import Glance, Inbox, InboxError, content_identity, stamp_of
 from pathfm.batch.ledger import Entry, Ledger
 from pathfm.batch.results import RESULT, Findings, Outbox, commit_result, outcome_of, shown
+from pathfm.batch.stop import Stop
 from pathfm.errors import ExitCode, PathfmError, SlideError, StoreError
 from pathfm.events import Events
 from pathfm.faults import crash_point
-from pathfm.log import say, status
+from pathfm.log import get_log, say, status
 from pathfm.run_manifest import RunManifest
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import TROUBLE, read_json
@@ -44,6 +42,8 @@ LOOK_S = 15.0
 GB = 1e9
 TROUBLES = tuple(what for what, _ in TROUBLE.values())
 """How the reason of a slide begins that failed by the drive of the outbox."""
+
+log = get_log(__name__)
 
 
 class NoRoomError(StoreError):
@@ -82,44 +82,6 @@ class Ready(NamedTuple):
     glance: Glance
 
 
-class Stop:
-    """SIGTERM and SIGINT end the batch at once, as an interrupted command, but never in the middle of a commit."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._held = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        if not self._held:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """What is begun here is ended before the batch stops."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-        self.check()
-
-    def check(self) -> None:
-        """Stops if that was asked for: a library may have swallowed the interruption."""
-        if self.asked:
-            raise KeyboardInterrupt
-
-
 class Control(NamedTuple):
     """What a run is told by others: its options, the wish to stop, the right to write, and pseudonyms, if any."""
 
@@ -149,6 +111,7 @@ class Runner:
         self.health = Health(box.folder, predictor.bundle.digest)
         self.quarantined: list[str] = []
         self.waiting = 0
+        self._tables_are_old = True
 
     def run(self) -> ExitCode:
         """Works until nothing is left (``--once``) or until it is stopped.
@@ -182,6 +145,8 @@ class Runner:
             self.ledger.stop(entry)
         self.health.last_error = error
         self._tell("stopped")
+        if self._tables_are_old:  # a round was broken off; that the run has ended is told when they are true again
+            self._write_tables()
         self.events.write("run_ended", stage=STAGE, counts=dict(self.health.counts))
         say(f"outbox: {', '.join(f'{number} {name}' for name, number in self.health.counts.items())}")
         if self.quarantined:
@@ -195,7 +160,7 @@ class Runner:
         """Corrects the ledger by what lies in the outbox."""
         for entry in self.ledger.of_state("waiting", "started"):
             if self.box.has_result(entry):
-                self._note_done(entry, outcome_of(read_json(self.box.results / entry.name / RESULT)))
+                self._note_done(entry)
             elif entry.state == "started":
                 self.ledger.crashed(entry)
         for entry in self.ledger.of_state("quarantined"):
@@ -332,8 +297,13 @@ class Runner:
     def _write_tables(self) -> None:
         from pathfm.batch.drift import write_page
 
-        self.box.write_index()
-        write_page(self.box, self.predictor.drift, self.predictor.bundle.digest)
+        found, damaged = self.box.read_results()
+        for name in sorted(set(damaged) - set(self.health.damaged)):
+            log.warning("%s: this result cannot be read: restore it from a copy", self.box.results / name)
+        self.health.damaged = damaged
+        self.box.write_index(found)
+        write_page(self.box, self.predictor.drift, self.predictor.bundle.digest, found)
+        self._tables_are_old = False
 
     def _finish(self, slide: Ready, predicted: Predicted) -> None:
         """Commits what became of a slide."""
@@ -344,7 +314,8 @@ class Runner:
             self.ledger.stop(entry)
         elif outcome.status != "failed":
             found = self._findings(entry, predicted)
-            self._note_done(entry, commit_result(self.box, entry, predicted.result, found, self.lease.check))
+            commit_result(self.box, entry, predicted.result, found, self.lease.check)
+            self._note_done(entry)
         elif outcome.reason.startswith(TROUBLES):  # not the slide's fault
             raise NoRoomError(outcome.reason)
         else:
@@ -371,13 +342,19 @@ class Runner:
 
         return replace(found, add_files=add_dicom)
 
-    def _note_done(self, entry: Entry, outcome: str) -> None:
-        self.ledger.done(entry, outcome)
+    def _note_done(self, entry: Entry) -> None:
+        """Tells of a result that is there. The ledger comes last: until it knows, the next run tells all of this again."""
+        self._tables_are_old, file = True, self.box.results / entry.name / RESULT
+        said = read_json(file)
+        outcome, bundle = outcome_of(said), str(said["bundle"])
         kind = "slide_empty" if outcome == "empty" else "slide_done"
         self.events.write(kind, stage=STAGE, slide_id=entry.slide_id)
-        digest = file_digest(self.box.results / entry.name / RESULT)
-        about = {"identity": entry.identity, "bundle": entry.bundle, "result": digest}
+        about = {"identity": entry.identity, "bundle": bundle, "result": file_digest(file)}
         self.events.write("result_written", stage=STAGE, slide_id=entry.slide_id, **about)
+        self.events.flush()
+        self.box.record_of(entry).unlink(missing_ok=True)
+        crash_point("batch.result.told")
+        self.ledger.done(entry, outcome, bundle)
 
     def _quarantine(self, entry: Entry, reason: str) -> None:
         self._record(entry, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pathfm.audit import audit
+from pathfm.batch import ledger as ledger_module
 from pathfm.batch import runner
 from pathfm.batch.health import FILE as HEALTH
 from pathfm.batch.health import health
@@ -21,13 +24,16 @@ from pathfm.batch.inbox import Inbox, InboxError, content_identity, stamp_of
 from pathfm.batch.ledger import Ledger
 from pathfm.batch.night import _check_folders, _take
 from pathfm.batch.results import Outbox
-from pathfm.batch.runner import BatchOptions, Control, NoRoomError, Runner, Stop
+from pathfm.batch.runner import BatchOptions, Control, NoRoomError, Runner
+from pathfm.batch.stop import Stop
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.events import Events
 from pathfm.store.commit import commit_dir, write_json
 from pathfm.store.lease import Leases
+from pathfm.store.manifest import file_digest
 from pathfm.store.pseudonyms import Pseudonyms
 from pathfm.store.record import Outcome
+from pathfm.verification import verify
 
 
 class Clock:
@@ -100,7 +106,7 @@ def test_the_ledger_knows_everything_again_and_drops_a_torn_line(tmp_path):
         assert ledger.add("copy.svs", "s2", "1" * 64, "copy") is first
         bad = ledger.add("bad.svs", "s3", "2" * 64, "bad")
         ledger.start(first, alone=False)
-        ledger.done(first, "abstained")
+        ledger.done(first, "abstained", "b1")
         ledger.quarantine(bad, "broken")
     path.write_bytes(path.read_bytes() + b'{"kind": "done", "ide')
     with Ledger(path) as again:
@@ -174,24 +180,26 @@ class FakePredictor:
         return Answer(SimpleNamespace(outcome=outcomes.get))
 
 
-def fake_commit(box, entry, _result, _found, check):
+def fake_commit(box, entry, bundle, found, check):
     with commit_dir(box.results / entry.name, check) as folder:
-        write_json(folder / "result.json", {"identity": entry.identity, "outcome": "predicted", "decision": "x"})
-        (folder / "predictions.csv").write_text("slide_id\nx\n")
-    return "predicted"
+        (folder / "predictions.csv").write_text(f"slide_id\n{entry.slide_id}\n")
+        about = {"name": entry.name, "slide_id": entry.slide_id, "identity": entry.identity, "bundle": bundle, "drift": None}
+        files = {"predictions.csv": file_digest(folder / "predictions.csv")}
+        said = {"outcome": "predicted", "decision": "x", "time": "t", "files": files, "events": found}
+        write_json(folder / "result.json", about | said)
 
 
 @pytest.fixture
 def night(tmp_path, monkeypatch):
     """Runs a night: night(options) -> exit code; its predictor, inbox and outbox hang on it."""
-    monkeypatch.setattr(runner, "commit_result", fake_commit)
-    monkeypatch.setattr(Runner, "_findings", lambda *_: None)
     predictor, box, inbox = FakePredictor(), Outbox(tmp_path / "out"), tmp_path / "in"
+    monkeypatch.setattr(runner, "commit_result", lambda *given: fake_commit(*given[:2], predictor.bundle.digest, *given[3:]))
+    monkeypatch.setattr(Runner, "_findings", lambda self, *_: self.events.head)
     inbox.mkdir()
 
     def run(names=None, **options):
         with Stop() as stop, Leases(60) as leases, Ledger(box.folder / "ledger.jsonl") as ledger, Events(box.folder) as events:
-            ledger.use("b1", "", False)
+            ledger.use(predictor.bundle.digest, "", options.pop("new_bundle", False))
             options = BatchOptions(**{"settle_s": 0.0, "min_free_gb": 0.0, **options})
             control = Control(options, stop, _take(leases, box), names)
             return Runner(Inbox(inbox, 0.0), box, ledger, events, predictor, control).run()
@@ -242,14 +250,103 @@ def test_a_slide_that_kills_the_run_is_found_out_and_stops_nobody_else(night):
     assert night() == ExitCode.DONE
 
 
-def test_a_result_that_was_committed_before_a_kill_is_not_made_again(night, monkeypatch):
+def killed_at(monkeypatch, point):
+    """A run ends at this point as if it were killed."""
+
+    def crash(name):
+        if name == point:
+            raise RuntimeError("as a kill")
+
+    for module in (runner, ledger_module):
+        monkeypatch.setattr(module, "crash_point", crash)
+
+
+def told(box):
+    """Identity -> bundle, by the events of results."""
+    lines = [json.loads(line) for path in box.folder.glob("events-*.jsonl") for line in path.read_text().splitlines()]
+    return {line["identity"]: line["bundle"] for line in lines if line["kind"] == "result_written"}
+
+
+@pytest.mark.parametrize("point", ["batch.result.told", "batch.ledger.done", "after the commit"])
+def test_a_result_that_was_committed_before_a_kill_is_told_of_and_not_made_again(night, monkeypatch, point):
     put(night, a="good a")
     with monkeypatch.context() as killed, pytest.raises(RuntimeError):
-        killed.setattr(Ledger, "done", lambda *_: (_ for _ in ()).throw(RuntimeError("as a kill")))
+        if point == "after the commit":
+            killed.setattr(runner, "file_digest", lambda _: (_ for _ in ()).throw(RuntimeError("as a kill")))
+        killed_at(killed, point)
         night()
     assert results(night) == ["a"]
     night.predictor.asked.clear()
-    assert night() == ExitCode.DONE and not night.predictor.asked
+    night.predictor.bundle = SimpleNamespace(digest="b2")
+    assert night(new_bundle=True) == ExitCode.DONE and not night.predictor.asked
+    assert list(told(night.box).values()) == ["b1"]
+    with Ledger(night.box.folder / "ledger.jsonl") as ledger:
+        assert [(entry.state, entry.bundle) for entry in ledger.entries.values()] == [("done", "b1")]
+    assert verify(night.box.folder) == ExitCode.DONE and audit(night.box.folder) == ExitCode.DONE
+
+
+def test_a_record_does_not_outlive_success(night, monkeypatch):
+    put(night, a="broken")
+    with monkeypatch.context() as killed, pytest.raises(RuntimeError):
+        killed_at(killed, "batch.quarantine.recorded")
+        night()
+    night.predictor.predict = lambda slides: Answer(SimpleNamespace(outcome=lambda name: Outcome(name, "done", "")))
+    assert len(night.box.records) == 1
+    assert night() == ExitCode.DONE and results(night) == ["a"] and not night.box.records
+    assert health(night.box.folder) == ExitCode.DONE
+
+
+def test_a_damaged_old_result_is_told_of_and_stops_nobody(night, capsys, caplog):
+    put(night, a="good a", b="good b")
+    night()
+    first, second = sorted(night.box.results.glob("*"))
+    whole = (first / "result.json").read_bytes(), (second / "predictions.csv").read_bytes()
+    (first / "result.json").write_bytes(b"\0\0")
+    (second / "predictions.csv").write_bytes(b"\xff\xfe")
+    put(night, c="good c")
+    assert night() == ExitCode.DONE and results(night) == ["a", "b", "c"]
+    assert sum("restore it from a copy" in record.getMessage() for record in caplog.records) == 2
+    assert [line.partition("-")[0] for line in night.box.index.read_text().splitlines()] == ["result,slide_id", "c"]
+    capsys.readouterr()
+    assert health(night.box.folder) == ExitCode.SOME_FAILED
+    assert f"2 results cannot be read, restore each from a copy: {first.name}, {second.name}" in capsys.readouterr().out
+    assert verify(night.box.folder) == ExitCode.SOME_FAILED
+    (first / "result.json").write_bytes(whole[0])
+    (second / "predictions.csv").write_bytes(whole[1])
+    assert night() == ExitCode.DONE and health(night.box.folder) == ExitCode.DONE
+    assert verify(night.box.folder) == ExitCode.DONE
+
+
+@pytest.mark.parametrize("cut", [0, 10])
+def test_a_full_disk_leaves_no_half_line_in_the_ledger(tmp_path, cut):
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        ledger.add("a.svs", "s1", "1" * 64, "a")
+        real = ledger._stream
+
+        class Full:
+            """Takes a few bytes of a line, and then none; whether what it took can be taken back is the question."""
+
+            room = cut
+
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+            def write(self, data):
+                taken, self.room = data[: self.room], 0
+                if not taken:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return real.write(taken)
+
+        ledger._stream = Full()
+        with pytest.raises(StoreError, match="the disk is full"):
+            ledger.add("b.svs", "s2", "2" * 64, "b")
+        assert path.read_bytes().endswith(b"}\n")
+        ledger._stream = real
+        real.write(b"what could not be taken back")
+        ledger.add("c.svs", "s3", "3" * 64, "c")
+    with Ledger(path) as again:
+        assert [entry.slide_id for entry in again.entries.values()] == ["a", "c"]
 
 
 def test_a_slide_that_changes_or_goes_while_it_is_worked_on_is_left_for_later(night):
@@ -299,8 +396,8 @@ def test_pseudonyms_are_all_that_leaves_the_inbox(night, tmp_path, capfd):
     assert night(Pseudonyms(tmp_path / "key")) == ExitCode.SOME_FAILED
     (name,) = results(night)
     assert re.fullmatch("P[0-9a-f]{16}", name) and len(reasons(night)) == 1
-    told = [str(path) + path.read_text() for path in night.box.folder.rglob("*") if path.is_file()]
-    assert "miller" not in "".join([*told, *capfd.readouterr()])
+    written = [str(path) + path.read_text() for path in night.box.folder.rglob("*") if path.is_file()]
+    assert "miller" not in "".join([*written, *capfd.readouterr()])
 
 
 def test_a_full_drive_is_no_slides_fault(night):
@@ -322,6 +419,20 @@ def test_told_to_stop_it_ends_without_loss_and_blames_no_slide(night):
     assert results(night) == [] and json.loads((night.box.folder / HEALTH).read_text())["state"] == "stopped"
     night.predictor.meanwhile = lambda: None
     assert night() == ExitCode.DONE and night.predictor.asked == [["a", "b"]] * 3 and results(night) == ["a", "b"]
+
+
+def test_a_round_that_is_stopped_midway_leaves_a_table_of_what_is_there(night, monkeypatch):
+    put(night, a="good a", b="good b")
+    commit = runner.commit_result
+
+    def stopped(*given):
+        commit(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runner, "commit_result", stopped)
+    assert night() == ExitCode.INTERRUPTED and results(night) == ["a"]
+    assert len(night.box.index.read_text().splitlines()) == 2
+    assert verify(night.box.folder) == audit(night.box.folder) == ExitCode.DONE
 
 
 def test_health_tells_a_well_batch_from_a_sick_one(night, tmp_path, capsys):

@@ -25,6 +25,7 @@ from pathfm.errors import ExitCode, UsageError
 from pathfm.geometry import Size
 from pathfm.prediction import mil_predict
 from pathfm.slides.synthetic import SyntheticSpec, write_slide
+from pathfm.verification import verify
 from tests.flows.test_bundle import FAST, ROOT, places
 
 pytestmark = pytest.mark.long
@@ -194,8 +195,8 @@ def check_results(places, folder, said, by_identity):
 
 
 def check_log(out):
-    """The chain of events is whole, and an altered line is found."""
-    assert audit(out) == ExitCode.DONE
+    """The chain of events is whole, every result is told of, and an altered line is found."""
+    assert verify(out) == audit(out) == ExitCode.DONE
     log = next(iter(sorted(out.glob("events-*.jsonl"))))
     lines = log.read_text().splitlines(keepends=True)
     lines[len(lines) // 2] = lines[len(lines) // 2].replace('"kind": "', '"kind": "x', 1)
@@ -204,7 +205,7 @@ def check_log(out):
 
 
 POINTS = ("batch.ledger.file:2", "batch.round.started", "mil.predict.slide:2", "batch.result.before_commit")
-POINTS += ("batch.result.after_commit", "batch.quarantine.recorded")
+POINTS += ("batch.result.after_commit", "batch.result.told", "batch.ledger.done", "batch.quarantine.recorded")
 
 
 @pytest.mark.timeout(600)
@@ -225,6 +226,7 @@ def test_killed_at_every_point_the_next_run_ends_as_if_nothing_had_happened(plac
         }
         assert [row["result"] for row in rows_of(tmp_path / "out" / "predictions.csv")] == names
         assert not list((tmp_path / "out").rglob("*.partial")), point
+        assert verify(tmp_path / "out") == audit(tmp_path / "out") == ExitCode.DONE, point
 
 
 def test_a_new_bundle_must_be_meant_and_does_nothing_again(places, tmp_path, slides):

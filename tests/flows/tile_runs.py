@@ -73,7 +73,7 @@ def made(out):
 
 def litter(out):
     """Leases, half-written files and folders, and stores put aside."""
-    return sorted(path.relative_to(out).as_posix() for path in out.rglob(".*"))
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob(".*") if path.name != ".chain-id")
 
 
 def digest(out):

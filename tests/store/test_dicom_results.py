@@ -223,6 +223,32 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, changed,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("fault", ["measures per frame", "no measures", "origin", "letters"])
+def test_an_odd_header_of_a_dicom_slide_is_the_slides_fault(tmp_path, fault):
+    thumbnail = result_of()
+    write_dicom(tmp_path / "dicom", thumbnail)
+    slide = pydicom.dcmread(tmp_path / "dicom" / "slide.dcm")
+    rows, columns = slide.TotalPixelMatrixRows, slide.TotalPixelMatrixColumns
+    source = result_of(size_level0=Size(columns, rows), sources=(tmp_path / "odd.dcm",), thumbnail=None, mpp=None)
+    slide.save_as(tmp_path / "odd.dcm")
+    assert write_dicom(tmp_path / "sound", source)
+    shared = slide.SharedFunctionalGroupsSequence[0]
+    if fault == "measures per frame":
+        slide.PerFrameFunctionalGroupsSequence = [pydicom.Dataset()]
+        slide.PerFrameFunctionalGroupsSequence[0].PixelMeasuresSequence = shared.PixelMeasuresSequence
+        del shared.PixelMeasuresSequence
+    elif fault == "no measures":
+        shared.PixelMeasuresSequence = []
+    elif fault == "origin":
+        slide.TotalPixelMatrixOriginSequence = []
+    else:
+        shared.PixelMeasuresSequence[0].PixelSpacing = [0.001]
+    slide.save_as(tmp_path / "odd.dcm")
+    with pytest.raises(SlideError, match="its DICOM header is not as the libraries expect it"):
+        write_dicom(tmp_path / "none", source)
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_install_line_where_highdicom_is_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pathfm\[dicom\]"):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,10 +23,16 @@ from numpy.typing import NDArray
 
 from pathfm.errors import MissingExtraError, MissingMppError, SlideError
 from pathfm.geometry import Mpp, Size
+from pathfm.log import get_log
 from pathfm.store.commit import commit_dir
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+ODD_HEADER = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, NotImplementedError, EOFError)
+"""What pydicom and highdicom raise over values that are absent, of another kind, or out of place."""
+
+log = get_log(__name__)
 
 ScoreKind = Literal["attention", "gradient x input"]
 
@@ -148,14 +155,29 @@ def write_dicom(folder: Path, result: DicomResult) -> list[Path]:
 
     Raises:
         MissingExtraError: highdicom is not installed.
-        SlideError: there are no tiles; the resolution is unknown; the sources are not the slide; or an id does not fit DICOM.
+        SlideError: there are no tiles; the resolution is unknown; the sources are not the slide, or have an odd header; or an
+            id does not fit DICOM.
         StoreError: the drive is full, read-only or failing.
     """
-    datasets = _datasets(result)
-    with commit_dir(folder) as temporary:
-        for name, dataset in datasets.items():
-            dataset.save_as(temporary / name, enforce_file_format=True)
+    with _odd_headers(result):
+        datasets = _datasets(result)
+        with commit_dir(folder) as temporary:
+            for name, dataset in datasets.items():
+                dataset.save_as(temporary / name, enforce_file_format=True)
     return [folder / name for name in sorted(datasets)]
+
+
+@contextmanager
+def _odd_headers(result: DicomResult) -> Iterator[None]:
+    """Scanners write headers that the libraries stumble over, wherever they first look at them."""
+    try:
+        yield
+    except ODD_HEADER as error:
+        if not result.sources:
+            raise
+        log.debug("%s", result.sources[0], exc_info=error)
+        # The words of such an error may quote the header, which may name a patient.
+        raise SlideError(f"its DICOM header is not as the libraries expect it ({type(error).__name__})") from error
 
 
 def _datasets(result: DicomResult) -> dict[str, Dataset]:
