@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pathfm.chain import ID, KEY_FILE, Head, Sealed, SecretKey, chain_files, key_of_environment, parse_sealed, read_id, read_key
 from pathfm.errors import ExitCode, UsageError
-from pathfm.log import say
+from pathfm.log import plural, say
 from pathfm.run_manifest import PATTERN, RUNS, manifest_text
 
 Keys = Mapping[str, SecretKey]
@@ -21,11 +21,19 @@ CLOSING = {"recovered", "chain_started"}
 
 
 class Finding(NamedTuple):
-    """Something that cannot be explained by kills and full disks."""
+    """Something that cannot be explained by kills and full disks.
+
+    Attributes:
+        path: the file.
+        line: of it; 0: no line in particular.
+        what: in words.
+        unproved: where only the key is missing, how many lines nothing else proves; None: something was altered.
+    """
 
     path: Path
     line: int
     what: str
+    unproved: int | None = None
 
 
 @dataclass
@@ -71,6 +79,8 @@ def audit(folder: Path, keys: Sequence[Path] = (), head: str = "") -> ExitCode:
     Raises:
         UsageError: a file of ``keys`` has no key, or there is nothing to check.
     """
+    if not folder.is_dir():
+        raise UsageError("there is no such folder", where=str(folder))
     known = {key.id: key for key in [*map(read_key, keys), key_of_environment()] if key}
     findings: list[Finding] = []
     chains = {path: read_chain(path, known, findings) for path in chain_files(folder)}
@@ -85,11 +95,11 @@ def audit(folder: Path, keys: Sequence[Path] = (), head: str = "") -> ExitCode:
     seen = {each for chain in chains.values() for each in chain.hashes.values()} | {_digest(path) for path in manifests}
     if head and head not in seen:
         findings.append(Finding(folder, 0, f"no manifest or line has the hash {head}: the end was cut off or written anew"))
-    for path, line, what in sorted(findings):
+    for path, line, what, _ in sorted(findings, key=lambda finding: finding[:3]):
         place = path.relative_to(folder).as_posix() if path != folder else str(folder)
         say(f"{place}{f':{line}' if line else ''}: {what}")
     _tell(list(chains.values()), manifests, known)
-    say(f"audit: {f'{len(findings)} findings' if findings else 'nothing was found'}")
+    say(f"audit: {_summary(findings)}")
     return ExitCode.SOME_FAILED if findings else ExitCode.DONE
 
 
@@ -124,9 +134,9 @@ class _Walk:
             problem = _order_problem(sealed, last, self._is_sound)
         self._is_sound = not problem
         if problem:
-            self._found(number, problem)
+            self._found(number, problem, 1 if self._lacks_key(sealed) else None)
         if last.key and not sealed.head.key:
-            self._found(number, "no key from here on, though the lines before have one")
+            self._found(number, "no key from here on, though the lines before have one", unproved=0)
         self.chain.lines[sealed.head.key] += 1
         self.chain.hashes.setdefault(sealed.head.sequence, sealed.head.hash)
         self._note(number, sealed.said)
@@ -140,11 +150,14 @@ class _Walk:
         else:
             self.chain.older = len(self._strays)
 
+    def _lacks_key(self, sealed: Sealed) -> bool:
+        return bool(self._keys) and sealed.head.key is not None and sealed.head.key not in self._keys
+
     def _mac_problem(self, sealed: Sealed) -> str:
         key = sealed.head.key
         if key is None or not self._keys:
             return ""
-        if key not in self._keys:
+        if self._lacks_key(sealed):
             return f"written with the key {key}, which is not given: not ours, or an older one (add it with --key)"
         return "" if self._keys[key].is_mac(sealed.head.mac, "event", sealed.body) else "altered: its MAC is wrong"
 
@@ -177,8 +190,8 @@ class _Walk:
         if kind in self.chain.runs:
             self.chain.runs[kind].add(str(said.get("run")))
 
-    def _found(self, number: int, what: str) -> None:
-        self._findings.append(Finding(self.chain.path, number, what))
+    def _found(self, number: int, what: str, unproved: int | None = None) -> None:
+        self._findings.append(Finding(self.chain.path, number, what, unproved))
 
 
 def _order_problem(sealed: Sealed, last: Head, is_sound: bool) -> str:
@@ -200,9 +213,10 @@ def _unproved(chain: Chain, keys: Keys, pinned: int | None) -> Iterator[Finding]
     """
     if keys and chain.last.key is None and chain.last.sequence > (pinned or 0):
         what = f"lines {(pinned or 0) + 1} to {chain.last.sequence} are proved by no key: anybody may have written them"
-        yield Finding(chain.path, 0, what)
+        yield Finding(chain.path, 0, what, chain.last.sequence - (pinned or 0))
     if keys and not chain.last.sequence and chain.older and pinned is None:
-        yield Finding(chain.path, 0, f"{chain.older} lines without a chain: anybody may have written them")
+        what = f"{plural(chain.older, 'line')} without a chain: anybody may have written them"
+        yield Finding(chain.path, 0, what, chain.older)
 
 
 def _records(chain: Chain) -> Iterator[Finding]:
@@ -247,8 +261,9 @@ def _check_manifests(
         problem = _manifest_problem(said, keys)
         problem = problem or _manifest_order(said["sequence"] - sequence - 1, said["previous"] == previous)
         if key and not said["key"]:
-            problem = "no key from here on, though the manifests before have one"
-        findings += [Finding(path, 0, problem)] if problem else []
+            findings.append(Finding(path, 0, "no key from here on, though the manifests before have one", 0))
+        lacks_key = bool(keys) and said["key"] is not None and said["key"] not in keys
+        findings += [Finding(path, 0, problem, 0 if lacks_key else None)] if problem else []
         last[path.parent] = said["sequence"], hashlib.sha256(raw).hexdigest(), said["key"]
         lost = list(_check_heads(path, said, chains))
         findings += lost
@@ -256,7 +271,7 @@ def _check_manifests(
             pinned |= {path.parent.parent / head["file"]: head["sequence"] for head in said["chains"]}
     for place, (_, _, key) in last.items():
         if keys and key is None:
-            findings.append(Finding(place, 0, "the last manifests are proved by no key: anybody may have written them"))
+            findings.append(Finding(place, 0, "the last manifests are proved by no key: anybody may have written them", 0))
     findings += [finding for path in chains for finding in _check_results(path.parent, chains)]
     return pinned
 
@@ -336,20 +351,30 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _summary(findings: Sequence[Finding]) -> str:
+    """What was altered, apart from what merely lacks the key: that may be honest, and proves nothing."""
+    altered = [finding for finding in findings if finding.unproved is None]
+    lines = sum(finding.unproved or 0 for finding in findings)
+    parts = [f"{len(altered)} altered"] if altered else []
+    if len(altered) < len(findings):
+        parts.append(f"{plural(lines, 'line')} proved by no key" if lines else "runs without the key")
+    return f"{plural(len(findings), 'finding')} ({', '.join(parts)})" if findings else "nothing was found"
+
+
 def _tell(chains: Sequence[Chain], manifests: Sequence[Path], keys: Keys) -> None:
     """How much was looked at, and how far that goes."""
     lines = sum((chain.lines for chain in chains), Counter[str | None]())
-    parts = [f"{lines.total():,} lines in {len(chains)} chains", f"{len(manifests)} recorded runs"]
-    parts += [f"{sum(chain.recovered for chain in chains)} torn lines recovered"]
+    parts = [f"{plural(lines.total(), 'line')} in {plural(len(chains), 'chain')}", plural(len(manifests), "recorded run")]
+    parts += [f"{plural(sum(chain.recovered for chain in chains), 'torn line')} recovered"]
     older, torn = sum(chain.older for chain in chains), sum(chain.torn > 0 for chain in chains)
-    parts += [f"{older:,} lines from before the chain"] if older else []
-    parts += [f"{torn} torn last lines that the next run will close"] if torn else []
+    parts += [f"{plural(older, 'line')} from before the chain"] if older else []
+    parts += [f"{plural(torn, 'torn last line')} that the next run will close"] if torn else []
     begun, ended = (set().union(*(chain.runs[kind] for chain in chains)) for kind in ("run_started", "run_ended"))
-    parts += [f"{len(begun - ended)} runs that never ended (killed, or still going)"] if begun - ended else []
+    parts += [f"{plural(len(begun - ended), 'run')} that never ended (killed, or still going)"] if begun - ended else []
     say(", ".join(parts))
     for key, count in sorted(lines.items(), key=lambda pair: pair[0] or ""):
         shown = f"key {key}{'' if key in keys else ' (not given: not checked)'}" if key else "no key"
-        say(f"{shown}: {count:,} lines")
+        say(f"{shown}: {plural(count, 'line')}")
     if not keys:
         say(f"no key was given ({KEY_FILE}, --key): single changes are found, but whoever writes a whole log anew is not")
     for path in manifests[-1:]:

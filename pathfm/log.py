@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ PLAIN_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
 
 _live: list[Progress] = []
+_quiet: list[bool] = []
 
 
 def get_log(name: str = "") -> logging.Logger:
@@ -36,14 +38,36 @@ def show_log(verbose: bool = False) -> None:
     log.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, results, status lines and progress only go to the log: the caller says them in fewer words. Warnings stay."""
+    _quiet.append(True)
+    try:
+        yield
+    finally:
+        _quiet.pop()
+
+
 def say(text: str) -> None:
     """One result for the user, on standard output."""
-    print(text, flush=True)
+    if _quiet:
+        get_log().info("%s", text)
+    else:
+        print(text, flush=True)
+
+
+def plural(count: int, noun: str, many: str = "") -> str:
+    """``1 slide``, ``2 slides``."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
 def status(slide_id: str, outcome: str, detail: str = "") -> None:
     """One line per slide on standard error: its id, how it ended, and in a few words why or how much."""
-    _to_stderr(f"{outcome:<7} {slide_id}{'  ' + detail if detail else ''}")
+    line = f"{outcome:<7} {slide_id}{'  ' + detail if detail else ''}"
+    if _quiet:
+        get_log().info("%s", line)
+    else:
+        _to_stderr(line)
 
 
 def track(iterable: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
@@ -53,6 +77,8 @@ def track(iterable: Iterable[Item], label: str, total: int | None = None) -> Ite
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
+    if _quiet:
+        return iter(iterable)
     if sys.stderr.isatty() and not _live:
         return _track_bar(iterable, label, total)
     return _track_plain(iterable, label, total)

@@ -11,7 +11,7 @@ from pathfm.batch.verified import check_results
 from pathfm.chain import chain_files, told
 from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, StoreError, UsageError
-from pathfm.log import say, track
+from pathfm.log import plural, say, track
 from pathfm.offline import SUMS, check_carried
 from pathfm.run_manifest import manifest_files
 from pathfm.store.commit import content_digest, read_json
@@ -56,6 +56,8 @@ def verify(folder: Path) -> ExitCode:
     Raises:
         UsageError: nothing here has a digest to compare with.
     """
+    if not folder.is_dir():
+        raise UsageError("there is no such folder", where=str(folder))
     if (folder / SUMS).is_file():
         return check_carried(folder)
     parts = [*_stages(folder), *_recorded(folder), *_bundles(folder), *_encoders(folder), *_results(folder)]
@@ -73,11 +75,11 @@ def verify(folder: Path) -> ExitCode:
         bad += len(problems)
         found_here = {_name(path, folder): digest for path, digest in digests.items()}
         content = part.content or fingerprint(found_here)
-        count, trouble = "all" if part.content else len(digests), f"{len(problems)} problems, " if problems else ""
+        count, trouble = "all" if part.content else len(digests), f"{plural(len(problems), 'problem')}, " if problems else ""
         say(f"{part.name}: {count} hashed, {trouble}content {content}")
         for line in (*problems, *(f"note: {note}" for note in part.notes)):
             say(f"  {line}")
-    say(f"verify: {f'{bad} problems' if bad else 'everything is what it was'}")
+    say(f"verify: {plural(bad, 'problem') if bad else 'everything is what it was'}")
     return ExitCode.SOME_FAILED if bad else ExitCode.DONE
 
 

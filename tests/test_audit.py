@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def audited(tmp_path, capsys):
         capsys.readouterr()
         code = audit(tmp_path / "out", keys, head)
         told = Audited(code, capsys.readouterr().out)
-        assert (code == ExitCode.SOME_FAILED) == ("findings" in told.told)
+        assert (code == ExitCode.SOME_FAILED) == ("audit: nothing was found" not in told.told)
         return told
 
     return look
@@ -156,7 +157,8 @@ def test_everything_recomputed_without_the_key(out, audited, monkeypatch):
     assert audited().code == 0
     found = audited(out.parent / "key")
     assert found.code == 3
-    assert found.told.count("proved by no key") == 4
+    assert found.told.count("are proved by no key") == 4
+    assert found.told.splitlines()[-1] == "audit: 4 findings (33 lines proved by no key)"
 
 
 def test_a_tail_that_was_cut_off_and_written_anew_without_the_key(out, audited):
@@ -171,6 +173,7 @@ def test_a_tail_that_was_cut_off_and_written_anew_without_the_key(out, audited):
     found = audited()
     assert "no key from here on, though the lines before have one" in found.told
     assert "line 15 of the chain is another one" in found.told
+    assert re.search(r"^audit: \d+ findings \(\d+ altered, \d+ lines? proved by no key\)$", found.told, re.MULTILINE)
 
 
 def test_a_run_without_the_key_is_a_finding(out, audited, monkeypatch, key):
@@ -197,11 +200,11 @@ def test_a_key_that_comes_later_proves_what_is_there_from_then_on(tmp_path, audi
 def test_files_of_earlier_versions_are_no_finding_once_a_manifest_knows_them(out, audited):
     old = out / "events-old-0.jsonl"
     old.write_text('{"kind": "run_started"}\n')
-    assert f"{old.name}: 1 lines without a chain" in audited().told
+    assert f"{old.name}: 1 line without a chain" in audited().told
     run_once(out)
     found = audited()
     assert found.code == 0, found.told
-    assert "1 lines from before the chain" in found.told
+    assert "1 line from before the chain" in found.told
 
 
 def test_keys_may_change(out, audited, monkeypatch, tmp_path, key):
@@ -267,11 +270,11 @@ def test_torn_lines_and_runs_that_were_killed_are_told_but_no_alarm(out, audited
         file.write(b'{"time": "2025')
     found = audited()
     assert found.code == 0
-    assert "1 torn last lines that the next run will close, 1 runs that never ended" in found.told
+    assert "1 torn last line that the next run will close, 1 run that never ended" in found.told
     run_once(out)
     found = audited()
     assert found.code == 0, found.told
-    assert "1 torn lines recovered" in found.told
+    assert "1 torn line recovered" in found.told
     assert json.loads(manifest_files(out)[-1].read_text())["unended_runs"] == 1
     # The torn bytes are proved as well.
     path.write_bytes(path.read_bytes().replace(b'{"time": "2025{', b'{"time": "2026{').replace(b'"2025\n', b'"2026\n'))
@@ -292,6 +295,8 @@ def test_a_recovered_line_cannot_be_made_up_without_the_key(out, audited):
 
 
 def test_there_must_be_something_to_audit(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        audit(tmp_path / "nothere")
     with pytest.raises(UsageError, match="there are no events"):
         audit(tmp_path)
 
@@ -504,6 +509,6 @@ def test_a_run_that_is_killed_at_its_work_leaves_no_alarm(tmp_path, key, audited
     assert code == 0, err
     found = audited()
     assert found.code == 0
-    assert "runs that never ended" in found.told
+    assert "that never ended" in found.told
     rewrite(chain_of(out / "tiles" / next((out / "tiles").iterdir()).name), lambda lines: lines[:4] + lines[5:])
     assert audited().code == 3

@@ -123,6 +123,9 @@ def test_differences_are_named_by_stage(tmp_path, capsys):
     assert "  features/spec/enc/a.h5: missing" in lines
     assert [line.partition(":")[0] for line in lines if "content" in line] == ["tile", "pretrain", "extract", "mil", "report"]
     assert lines[-1] == "verify: 2 problems"
+    (tmp_path / "x/tiles/spec/a.zarr/pixels/0").write_text("pixels")
+    verify(tmp_path / "x")
+    assert capsys.readouterr().out.splitlines()[-1] == "verify: 1 problem"
 
 
 def test_a_receipt_that_fits_a_changed_artifact_is_noted(tmp_path, capsys):
@@ -231,5 +234,7 @@ def test_strangers_among_results(tmp_path, capsys):
 
 
 def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        verify(tmp_path / "nothere")
     with pytest.raises(UsageError, match="nothing here says"):
         verify(tmp_path)

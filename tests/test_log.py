@@ -104,3 +104,14 @@ def test_a_loop_that_is_left_early_gives_the_terminal_back(monkeypatch):
 def test_importing_the_log_does_not_import_rich():
     code = "import sys, pathfm.log; sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+
+
+def test_what_is_quiet_goes_to_the_log_alone(capsys, caplog):
+    with caplog.at_level(logging.INFO, "pathfm"), log.quiet():
+        log.say("many words")
+        log.status("a", "failed", "again")
+        assert list(log.track([1, 2], "tile")) == [1, 2]
+    assert capsys.readouterr() == ("", "")
+    assert [record.getMessage() for record in caplog.records] == ["many words", "failed  a  again"]
+    log.say(log.plural(1, "slide") + " of " + log.plural(1200, "slide"))
+    assert capsys.readouterr().out == "1 slide of 1,200 slides\n"

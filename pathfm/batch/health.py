@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathfm.errors import ExitCode, StoreError, UsageError
-from pathfm.log import say
+from pathfm.log import plural, say
 from pathfm.store.commit import read_json, write_json
 from pathfm.workers import ProcessName
 
 FILE = "health.json"
-State = Literal["starting", "idle", "working", "waiting for disk", "waiting for the inbox", "stopped"]
+State = Literal["starting", "idle", "working", "waiting for disk", "waiting for the inbox", "stopped", "finished"]
 WAITING = ("waiting for disk", "waiting for the inbox")
+ENDED = ("stopped", "finished")
 
 
 @dataclass
@@ -62,6 +63,13 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def in_words(counts: Mapping[str, int]) -> str:
+    """``4 done (2 abstained), 1 quarantined, 1 duplicate, 0 waiting``."""
+    abstained = f" ({counts['abstained']:,} abstained)" if counts["abstained"] else ""
+    done, duplicates = f"{counts['done']:,} done{abstained}", plural(counts["duplicates"], "duplicate")
+    return f"{done}, {counts['quarantined']:,} quarantined, {duplicates}, {counts['waiting']:,} waiting"
+
+
 def health(outbox: Path, max_age_s: float = 26 * 3600) -> ExitCode:
     """``pathfm batch --health``: one line for people, and the exit code for monitoring.
 
@@ -82,13 +90,14 @@ def health(outbox: Path, max_age_s: float = 26 * 3600) -> ExitCode:
     if problem := _problem(said, max_age_s):
         say(f"not well: {problem}{f' (last error: {error})' if (error := said.get('last_error')) else ''}")
         return ExitCode.INTERNAL
-    counts = ", ".join(f"{number} {name}" for name, number in sorted(said["counts"].items()))
+    counts = in_words(said["counts"])
     records, damaged = sorted((outbox / "quarantine").glob("*.json")), said.get("damaged", ())
     if damaged:
-        say(f"{len(damaged)} results cannot be read, restore each from a copy: {', '.join(damaged)}")
+        say(f"{plural(len(damaged), 'result')} cannot be read, to be restored from a copy: {', '.join(damaged)}")
     if records:
         since = min(str(_read(path).get("since", "")) for path in records)
-        say(f"{len(records)} slides in quarantine since {since} (quarantine/*.json says why); {said['state']}: {counts}")
+        kept = f"{plural(len(records), 'slide')} in quarantine since {since} (quarantine/*.json says why)"
+        say(f"{kept}; {said['state']}: {counts}")
         return ExitCode.SOME_FAILED
     if damaged:
         return ExitCode.SOME_FAILED
@@ -105,10 +114,10 @@ def _problem(said: Mapping[str, Any], max_age_s: float) -> str:
         return f"the inbox was last looked at {said['last_look']}, more than {max_age_s:g} s ago"
     if said["state"] in WAITING:
         return str(said["state"])
-    if said["state"] == "stopped" and said["last_error"]:
+    if said["state"] in ENDED and said["last_error"]:
         return "the last run ended with an error"
     process = ProcessName.parse(said.get("process", ""))
-    if said["state"] != "stopped" and process and process.has_ended:
+    if said["state"] not in ENDED and process and process.has_ended:
         return f"the run of process {process.pid} on {process.host} has ended without saying so"
     return ""
 

@@ -29,16 +29,18 @@ class Glance(NamedTuple):
         path: the file or folder.
         file: the path below the inbox.
         stamp: changes when any of its files is written, replaced, added or removed.
+        changed_ns: when it was written last, as its drive says.
     """
 
     slide_id: str
     path: Path
     file: str
     stamp: str
+    changed_ns: int
 
 
 class Look(NamedTuple):
-    """What a look found: slides that are whole, and those that may still be written."""
+    """What a look found: slides that are whole, and those that may still be written; each the oldest first."""
 
     whole: tuple[Glance, ...]
     unsettled: tuple[Glance, ...]
@@ -77,7 +79,8 @@ class Inbox:
             # Its words name files, and this ends in files that are shown to others.
             what = "two slides in the inbox would have one name: A__B.svs is called like A/B.svs"
             raise InboxError(what, fix="rename one of them") from error
-        glances = [self._glance(slide_id, path) for slide_id, path in found]
+        # Of copies that arrive together, the oldest gives the result its name.
+        glances = sorted((self._glance(*slide) for slide in found), key=lambda glance: (glance.changed_ns, glance.file))
         before, self._seen = self._seen, {}
         whole = {glance.file: self._is_whole(glance, before) for glance in glances}
         return Look(
@@ -88,7 +91,7 @@ class Inbox:
     def _glance(self, slide_id: str, path: Path) -> Glance:
         # A DICOM series that fills the inbox is the inbox itself, and is called by its folder.
         file = path.relative_to(self.folder).as_posix() if path != self.folder else path.name
-        return Glance(slide_id, path, file, stamp_of(path))
+        return Glance(slide_id, path, file, stamp_of(path), _changed_ns(path))
 
     def _is_whole(self, glance: Glance, before: Mapping[str, tuple[str, float, int]]) -> bool:
         if self.sentinel:
@@ -98,6 +101,13 @@ class Inbox:
         since, looks = (since, looks + 1) if stamp == glance.stamp else (now, 1)
         self._seen[glance.file] = glance.stamp, since, looks
         return looks >= LOOKS and now - since >= self.settle_s
+
+
+def _changed_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # gone, or a link to nothing: it cannot be hashed either
+        return 0
 
 
 def slide_files(path: Path) -> dict[str, Path]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def batch(
         raise MissingExtraError("DICOM objects need highdicom", where="--dicom", extra="dicom")
     key = options.pseudonym_key.absolute() if options.pseudonym_key else None
     box = Outbox(outbox.absolute())
-    with Stop() as stop, Leases(LEASE_S) as leases:
+    with Stop() as stop, _nothing_left_empty(box.folder), Leases(LEASE_S) as leases:
         lease = _take(leases, box)
         from pathfm.batch.rounds import Predictor
 
@@ -66,6 +67,8 @@ def batch(
             sweep(folder)
         predictor = Predictor(bundle, box.folder / ".work", overrides, key)
         say(f"bundle {predictor.bundle.digest}")
+        if predictor.drift is None:
+            say("this bundle has no drift reference: slides are not compared with those of the training")
         with Ledger(box.folder / LEDGER) as ledger, Events(box.folder) as events:
             ledger.use(predictor.bundle.digest, read_key(key).id if key else "", options.new_bundle)
             seen = Inbox(inbox.absolute(), options.settle_s, options.sentinel)
@@ -85,6 +88,18 @@ def _check_folders(bundle: Path, inbox: Path, outbox: Path) -> None:
     if strange and not (outbox / LEDGER).is_file():
         fix = f"name an empty folder, or bring {LEDGER} back: it tells what was already done"
         raise UsageError(f"no outbox of a night batch, but it has {strange[0]}", where=str(outbox), fix=fix)
+
+
+@contextmanager
+def _nothing_left_empty(folder: Path) -> Iterator[None]:
+    """A run that is refused leaves no new folder behind."""
+    was_there = folder.exists()
+    try:
+        yield
+    finally:
+        if not was_there:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
 
 
 def _take(leases: Leases, box: Outbox) -> Lease:

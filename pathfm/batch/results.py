@@ -205,6 +205,16 @@ def outcome_of(said: Mapping[str, Any]) -> str:
     return "abstained" if outcome == "predicted" and str(said["decision"]).startswith("abstain:") else outcome
 
 
+def shown_decision(said: Mapping[str, Any]) -> str:
+    """What a result says, in a few words: ``tumour (0.93)``, ``abstain:uncertain (tumour 0.55)``, ``abstain:no tiles``."""
+    decision, values = str(said["decision"]), said.get("calibrated") or said.get("probability") or {}
+    if not values:
+        return decision
+    name = decision if decision in values else max(values, key=values.__getitem__)
+    value = f"{values[name]:.2f}" if name == decision else f"{name} {values[name]:.2f}"
+    return f"{decision} ({value})" if decision else value
+
+
 def _row_of(result: Result, slide_id: str) -> dict[str, str]:
     from pathfm.mil.prediction_table import slide_rows
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pathfm.batch.health import Health, State, now
+from pathfm.batch.health import Health, State, in_words, now
 from pathfm.batch.inbox import Glance, Inbox, InboxError, content_identity, stamp_of
 from pathfm.batch.ledger import Entry, Ledger
-from pathfm.batch.results import RESULT, Findings, Outbox, commit_result, outcome_of, shown
+from pathfm.batch.results import RESULT, Findings, Outbox, commit_result, outcome_of, shown, shown_decision
 from pathfm.batch.stop import Stop
 from pathfm.errors import ExitCode, PathfmError, SlideError, StoreError
 from pathfm.events import Events
 from pathfm.faults import crash_point
-from pathfm.log import get_log, say, status
+from pathfm.log import get_log, plural, quiet, say, status
 from pathfm.run_manifest import RunManifest
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import TROUBLE, read_json
@@ -125,30 +125,30 @@ class Runner:
             self._recover()
             self._watch() if self.options.watch else self._once()
         except KeyboardInterrupt:
-            self._end()
+            self._end("stopped")
             return self._exit_code if self.options.watch else ExitCode.INTERRUPTED
         except LeaseLostError:  # the outbox belongs to another run now: nothing is written any more
             raise
         except PathfmError as error:
             with suppress(StoreError):
-                self._end(error.reason)
+                self._end("stopped", error.reason)
             raise
-        self._end()
+        self._end("finished")
         return self._exit_code
 
     @property
     def _exit_code(self) -> ExitCode:
         return ExitCode.SOME_FAILED if self.quarantined else ExitCode.DONE
 
-    def _end(self, error: str = "") -> None:
+    def _end(self, state: State, error: str = "") -> None:
         for entry in self.ledger.of_state("started"):
             self.ledger.stop(entry)
         self.health.last_error = error
-        self._tell("stopped")
+        self._tell(state)
         if self._tables_are_old:  # a round was broken off; that the run has ended is told when they are true again
             self._write_tables()
         self.events.write("run_ended", stage=STAGE, counts=dict(self.health.counts))
-        say(f"outbox: {', '.join(f'{number} {name}' for name, number in self.health.counts.items())}")
+        say(f"{state}: {in_words(self.health.counts)}")
         if self.quarantined:
             say(f"quarantined in this run: {', '.join(self.quarantined)}")
 
@@ -175,7 +175,7 @@ class Runner:
         while ready := self._look():
             self._work(self._choose(ready))
         if self.waiting:
-            say(f"{self.waiting} slides are still being written, and left for the next run")
+            say(f"{plural(self.waiting, 'slide is', 'slides are')} still being written, and left for the next run")
 
     def _watch(self) -> None:
         pause_s = min(LOOK_S, max(0.1, self.options.settle_s / 2))
@@ -244,7 +244,7 @@ class Runner:
             return None
         entry = self.ledger.add(self._alias(glance.file), glance.stamp, identity, self._alias(glance.slide_id))
         if len(entry.files) > 1:
-            status(shown(self._alias(glance.slide_id)), "kept", f"duplicate of {shown(entry.name)}")
+            status(shown(self._alias(glance.slide_id)), "duplicate", f"same content as {shown(entry.slide_id)}")
             if entry.state == "quarantined":
                 self.box.write_record(entry, entry.reason)
         return entry
@@ -283,7 +283,8 @@ class Runner:
                 self.events.write("slide_started", stage=STAGE, slide_id=slide.entry.slide_id)
             self._tell("working", [slide.entry.slide_id for slide in slides])
             crash_point("batch.round.started")
-            predicted = self.predictor.predict({slide.entry.slide_id: slide.glance.path for slide in slides})
+            with quiet():  # the stages name folders that go with the round, and a slide that fails several times over
+                predicted = self.predictor.predict({slide.entry.slide_id: slide.glance.path for slide in slides})
             for slide in slides:
                 self.stop.check()
                 with self.stop.held():
@@ -310,7 +311,7 @@ class Runner:
         entry, glance = slide
         outcome = predicted.result.outcome(entry.slide_id)
         if stamp_of(glance.path) != glance.stamp:
-            status(entry.slide_id, "kept", "it has changed or gone while it was worked on: left for a later look")
+            status(entry.slide_id, "left", "it has changed or gone while it was worked on: for a later look")
             self.ledger.stop(entry)
         elif outcome.status != "failed":
             found = self._findings(entry, predicted)
@@ -355,6 +356,7 @@ class Runner:
         self.box.record_of(entry).unlink(missing_ok=True)
         crash_point("batch.result.told")
         self.ledger.done(entry, outcome, bundle)
+        status(entry.slide_id, "done", f"{shown_decision(said)} -> {file.parent.relative_to(self.box.folder).as_posix()}")
 
     def _quarantine(self, entry: Entry, reason: str) -> None:
         self._record(entry, reason)
@@ -364,5 +366,5 @@ class Runner:
     def _record(self, entry: Entry, reason: str) -> None:
         self.box.write_record(entry, reason)
         self.quarantined.append(shown(entry.slide_id))
-        status(shown(entry.slide_id), "failed", reason)
+        status(shown(entry.slide_id), "quarantine", reason)
         self.events.write("slide_failed", stage=STAGE, slide_id=shown(entry.slide_id), reason=reason)

@@ -29,6 +29,8 @@ LISTED, DRAWN, WINDOW, PER_BAR = 100, 300, 50, 25
 """Slides in the table, slides in the diagrams, slides that the headline numbers are about, slides per point of a rate."""
 RUNNING = 15
 """Slides of a running median."""
+MANY = 100
+"""Slides in a diagram above which their points are small."""
 ALARM, BAND = "#9b2c1f", "#dfe9f2"
 ABSTAIN = "abstain:"
 
@@ -96,6 +98,7 @@ def render_drift_page(reference: Mapping[str, Any], rows: Sequence[Row], shifts:
     context = {
         "cards": _cards(reference, rows, shifts),
         "shifts": shifts,
+        "compared": bool(shifts["tests"]) and not reference["too_few"],
         "rows": [_cells(row) for row in reversed(rows[-LISTED:])],
         "total": len(rows),
         "rate": _rate_chart(reference, drawn),
@@ -150,7 +153,12 @@ def _cards(reference: Mapping[str, Any], rows: Sequence[Row], shifts: Mapping[st
             f"{rate.words if rate else 'none was asked for'}; training {known.words if known else 'not known'}",
             "alarm" if many else "",
         ),
-        _Card("Shifts", f"{found}", f"{of}, {shifts['tests']} tests", "alarm" if found else ""),
+        _Card(
+            "Shifts",
+            f"{found}" if shifts["tests"] else "–",
+            f"{of}, {plural(shifts['tests'], 'test')}" if shifts["tests"] else "not tested yet",
+            "alarm" if found else "",
+        ),
         _Card("Training", "too few" if reference["too_few"] else f"{reference['slides']:,}", trained),
     ]
 
@@ -207,10 +215,11 @@ def _draw_number(axes: Axes, known: Mapping[str, Any], points: Sequence[tuple[in
     bottom, top = min(shown) - margin, max(shown) + margin
     axes.axhspan(bottom if low is None else low, top if high is None else high, color=BAND, linewidth=0, zorder=0)
     axes.axhline(known["middle"], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+    size = 6.0 if len(points) <= MANY else 3.4
     usual = [(x, y) for x, y, is_flagged in points if not is_flagged]
     odd = [(x, y) for x, y, is_flagged in points if is_flagged]
-    axes.plot([x for x, _ in usual], [y for _, y in usual], ".", color=ACCENT, markersize=3.5, alpha=0.6)
-    axes.plot([x for x, _ in odd], [y for _, y in odd], "D", color=ALARM, markersize=3.6)
+    axes.plot([x for x, _ in usual], [y for _, y in usual], "o", color=ACCENT, markersize=size, markeredgewidth=0, alpha=0.6)
+    axes.plot([x for x, _ in odd], [y for _, y in odd], "D", color=ALARM, markersize=size + 0.6)
     if len(values) > RUNNING:
         middle = [statistics.median(values[end - RUNNING : end]) for end in range(RUNNING, len(values) + 1)]
         axes.plot([x for x, _, _ in points[RUNNING - 1 :]], middle, color=ACCENT, linewidth=1.5)
@@ -221,9 +230,13 @@ def _draw_number(axes: Axes, known: Mapping[str, Any], points: Sequence[tuple[in
 
 
 def _date_axis(axes: Axes, rows: Sequence[Row]) -> None:
-    """Slides stand at equal distances; a few of them are dated."""
+    """Slides stand at equal distances; a few of them are dated, by the time where all are of one day."""
     ticks = sorted({round(part * (len(rows) - 1) / 3) for part in range(4)})
-    axes.set_xticks(ticks, [str(rows[tick].get("time") or tick + 1)[:10] for tick in ticks], fontsize=7)
+    times = [str(row.get("time") or "") for row in rows]
+    part = slice(11, 16) if len({time[:10] for time in times}) == 1 else slice(10)
+    axes.set_xticks(ticks, [times[tick][part] or str(tick + 1) for tick in ticks], fontsize=7)
+    if day := times[0][:10] if part.start else "":
+        axes.set_xlabel(f"{day}{' (UTC)' if times[0].endswith('+00:00') else ''}", fontsize=7)
     axes.set_xlim(-0.5 - len(rows) * 0.02, len(rows) - 0.5 + len(rows) * 0.02)
     axes.grid(visible=False, axis="x")
 

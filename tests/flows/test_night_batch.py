@@ -19,15 +19,16 @@ from pathfm.audit import audit
 from pathfm.batch import ledger as ledger_module
 from pathfm.batch import runner
 from pathfm.batch.health import FILE as HEALTH
-from pathfm.batch.health import health
+from pathfm.batch.health import health, in_words
 from pathfm.batch.inbox import Inbox, InboxError, content_identity, stamp_of
 from pathfm.batch.ledger import Ledger
-from pathfm.batch.night import _check_folders, _take
-from pathfm.batch.results import Outbox
+from pathfm.batch.night import _check_folders, _take, batch
+from pathfm.batch.results import Outbox, shown_decision
 from pathfm.batch.runner import BatchOptions, Control, NoRoomError, Runner
 from pathfm.batch.stop import Stop
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.events import Events
+from pathfm.log import say, status
 from pathfm.store.commit import commit_dir, write_json
 from pathfm.store.lease import Leases
 from pathfm.store.manifest import file_digest
@@ -158,6 +159,23 @@ def test_a_second_run_is_refused_by_the_name_of_the_first(tmp_path):
         _take(second, Outbox(tmp_path))
 
 
+def test_a_refused_batch_leaves_no_outbox_and_a_bundle_that_cannot_be_compared_with_says_so(tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise UsageError("no bundle")
+
+    inbox, outbox, options = tmp_path / "in", tmp_path / "out", BatchOptions(settle_s=0.0)
+    inbox.mkdir()
+    monkeypatch.setattr("pathfm.batch.rounds.Predictor", refused)
+    with pytest.raises(UsageError, match="no bundle"):
+        batch(tmp_path / "bundle", inbox, outbox, options)
+    assert not outbox.exists()
+    monkeypatch.setattr("pathfm.batch.rounds.Predictor", lambda *_: FakePredictor())
+    assert batch(tmp_path / "bundle", inbox, outbox, options) == ExitCode.DONE
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].startswith("this bundle has no drift reference")
+    assert said[2:] == ["finished: 0 done, 0 quarantined, 0 duplicates, 0 waiting"]
+
+
 Answer = namedtuple("Answer", "result")
 
 
@@ -173,6 +191,8 @@ class FakePredictor:
     def predict(self, slides):
         self.asked.append(sorted(slides))
         said = {name: path.read_text() for name, path in slides.items()}
+        say("of a stage")
+        status(next(iter(slides)), "failed", "of a stage")
         self.meanwhile()
         if "killer" in said.values():
             raise RuntimeError("as a kill")
@@ -235,6 +255,34 @@ def test_every_content_is_worked_on_once_and_the_inbox_stays_as_it_was(night):
     assert said["counts"] == {"done": 3, "abstained": 0, "quarantined": 1, "duplicates": 2, "waiting": 0}
     assert len(night.box.index.read_text().splitlines()) == 4 and not (night.box.folder / ".work").exists()
     assert {path.name for path in night.inbox.iterdir()} == (before.keys() - {"a.svs"}) | {"renamed.svs"}
+
+
+def test_one_line_per_slide_says_what_became_of_it_and_the_oldest_of_copies_is_the_slide(night, capsys):
+    put(night, a="good", bad="broken", copy="good", z="good")
+    for age, name in enumerate(("copy", "z", "a", "bad")):
+        os.utime(night.inbox / f"{name}.svs", (0, 1000 + age - (name == "z")))  # copy and z are of one age
+    night()
+    said, (folder,) = capsys.readouterr(), night.box.results.iterdir()
+    assert said.err.splitlines() == [
+        "duplicate z  same content as copy",
+        "duplicate a  same content as copy",
+        f"done    copy  x -> results/{folder.name}",
+        "quarantine bad  broken",
+    ]
+    assert said.out.splitlines() == [
+        "finished: 1 done, 1 quarantined, 2 duplicates, 0 waiting",
+        "quarantined in this run: bad",
+    ]
+
+
+def test_a_decision_is_shown_with_its_probability():
+    values = {"normal": 0.07, "tumour": 0.93}
+    assert shown_decision({"decision": "tumour", "calibrated": values}) == "tumour (0.93)"
+    assert shown_decision({"decision": "abstain:uncertain", "calibrated": {}, "probability": values}) == (
+        "abstain:uncertain (tumour 0.93)"
+    )
+    assert shown_decision({"decision": "", "probability": {"risk": 1.5}}) == "risk 1.50"
+    assert shown_decision({"decision": "abstain:no tiles", "probability": {}}) == "abstain:no tiles"
 
 
 def test_a_slide_that_kills_the_run_is_found_out_and_stops_nobody_else(night):
@@ -309,7 +357,7 @@ def test_a_damaged_old_result_is_told_of_and_stops_nobody(night, capsys, caplog)
     assert [line.partition("-")[0] for line in night.box.index.read_text().splitlines()] == ["result,slide_id", "c"]
     capsys.readouterr()
     assert health(night.box.folder) == ExitCode.SOME_FAILED
-    assert f"2 results cannot be read, restore each from a copy: {first.name}, {second.name}" in capsys.readouterr().out
+    assert f"2 results cannot be read, to be restored from a copy: {first.name}, {second.name}" in capsys.readouterr().out
     assert verify(night.box.folder) == ExitCode.SOME_FAILED
     (first / "result.json").write_bytes(whole[0])
     (second / "predictions.csv").write_bytes(whole[1])
@@ -441,9 +489,13 @@ def test_health_tells_a_well_batch_from_a_sick_one(night, tmp_path, capsys):
     assert health(night.inbox) == ExitCode.INTERNAL
     put(night, a="good a")
     night()
+    capsys.readouterr()
     assert health(night.box.folder) == ExitCode.DONE
+    assert capsys.readouterr().out == "well; finished: 1 done, 0 quarantined, 0 duplicates, 0 waiting\n"
     file = night.box.folder / HEALTH
     said = json.loads(file.read_text())
+    counts = {"done": 4, "abstained": 2, "quarantined": 1, "duplicates": 1, "waiting": 0}
+    assert in_words(counts) == "4 done (2 abstained), 1 quarantined, 1 duplicate, 0 waiting"
     sick = {
         "more than 60 s ago": {"last_look": (datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)).isoformat()},
         "waiting for disk": {"state": "waiting for disk"},
@@ -456,4 +508,4 @@ def test_health_tells_a_well_batch_from_a_sick_one(night, tmp_path, capsys):
     write_json(file, said)
     write_json(night.box.quarantine / "x.json", {"since": "2031-01-01"})
     assert health(night.box.folder, 60) == ExitCode.SOME_FAILED
-    assert "1 slides in quarantine since 2031-01-01" in capsys.readouterr().out
+    assert "1 slide in quarantine since 2031-01-01" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pathfm.report.drift_page import render_drift_page, write_drift_page
+from pathfm.report.drift_page import _date_axis, render_drift_page, write_drift_page
 
 HOSTILE = "<script>alert(1)</script> $x$ \"&'"
 
@@ -65,6 +65,24 @@ def test_few_slides_and_slides_of_which_little_is_known_make_a_page(rows):
     assert "No shift is seen." in html and 'role="alert"' not in html
     if rows:
         assert html.count("<tr") == 1 + len(rows) + 1 + len({"aperio", "rare"})
+
+
+def test_where_nothing_was_tested_the_banner_is_neither_good_nor_bad():
+    untested = {"slides": 2, "tests": 0, "verdict": "Too few slides to compare yet: 2 of 20.", "flags": []}
+    assert '<div class="box open">' in render_drift_page(reference(), [row(1)], untested)
+    assert '<div class="box open">' in render_drift_page(reference(too_few=True, numbers={}), [row(1)], shifts())
+    assert '<div class="box">' in render_drift_page(reference(), [row(1)], shifts())
+
+
+@pytest.mark.parametrize(("days", "ticks"), [((1, 1), ["21:05", "23:45"]), ((1, 2), ["2026-01-01", "2026-01-02"])])
+def test_slides_of_one_day_are_told_apart_by_the_time(days, ticks):
+    from matplotlib.figure import Figure
+
+    rows = [{"time": f"2026-01-{day:02d}T{time}:00+00:00"} for day, time in zip(days, ("21:05", "23:45"), strict=True)]
+    axes = Figure().subplots()
+    _date_axis(axes, rows)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ticks
+    assert axes.get_xlabel() == ("2026-01-01 (UTC)" if days == (1, 1) else "")
 
 
 def test_a_training_of_too_few_patients_is_said_to_be_one():
