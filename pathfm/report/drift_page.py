@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pathfm import __version__
 from pathfm.errors import MissingExtraError
+from pathfm.log import plural
 from pathfm.report.fates import without_folders
 from pathfm.report.figures import ACCENT, MUTED, Chart, _canvas, plain
-from pathfm.report.page import plural
 from pathfm.stats.thresholds import share_limits
 from pathfm.store.commit import commit_file
 

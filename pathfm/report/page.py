@@ -11,6 +11,7 @@ from typing import Any
 
 from pathfm import __version__
 from pathfm.errors import MissingExtraError
+from pathfm.log import plural
 from pathfm.mil_settings import MilSettings
 from pathfm.report.fates import Fate, flow, without_folders
 from pathfm.report.figures import Chart
@@ -132,11 +133,6 @@ def result_context(result: MilResult | None, settings: MilSettings | None) -> di
 def number(estimate: Estimate | None, digits: int = 2) -> str:
     """An estimate as text, a dash when there is none."""
     return numeral(estimate.value if estimate else None, digits)
-
-
-def plural(count: int, noun: str, many: str = "") -> str:
-    """``1 slide``, ``2 slides``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {many or noun + 's'}"
 
 
 def render(page: Page) -> str:

@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from pathfm import __version__
 from pathfm.errors import MissingExtraError
+from pathfm.log import plural
 from pathfm.report.fates import without_folders
-from pathfm.report.page import plural
 from pathfm.store.commit import commit_file
 from pathfm.store.record import Status
 
