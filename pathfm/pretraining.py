@@ -181,7 +181,12 @@ def _freeze(run: Run, inputs: PretrainInputs) -> None:
 
     held_out = tuple(sorted(held_out_patients(run.study, run.cohort))) if _held_out(run) else ()
     before = read_pinned(run.layout.out)
-    pinned = Pinned(tile_settings_digest(run.study.tile), inputs.slides, held_out, before is not None and before.binding)
+    if before and before.slides:
+        without, binding = before.without_tiles, before.binding
+    else:
+        known = {*inputs.slides, *_held_out(run)}
+        without, binding = tuple(sorted({row.slide_id for row in run.cohort.rows} - known)), False
+    pinned = Pinned(tile_settings_digest(run.study.tile), inputs.slides, held_out, without, binding)
     if before != pinned:
         write_pinned(run.layout.out, pinned)
     crash_point("pretraining.frozen")

@@ -27,7 +27,7 @@ from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, PathfmError, StoreError, UsageError
 from pathfm.events import Events, public_text
 from pathfm.log import get_log
-from pathfm.store.commit import content_digest, disk_errors, write_json
+from pathfm.store.commit import content_digest, disk_errors, sweep, write_json
 from pathfm.store.manifest import file_digest
 from pathfm.store.receipts import ALL, FOLDER, STAGES, Receipt, read_receipt
 from pathfm.store.record import library_versions
@@ -111,6 +111,7 @@ class RunManifest:
             "chains": chain_heads(self._out),
         }
         with _alone(self._out / RUNS):
+            sweep(self._out / RUNS)
             path = write_manifest(self._out, content, self._key)
         with Events(self._out) as events:
             events.write("run_recorded", manifest=path.name, sha256=file_digest(path))

@@ -14,17 +14,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from pathfm.errors import ExitCode, MissingExtraError, PathfmError, StoreError, UsageError
+import yaml
+
+from pathfm.errors import ExitCode, MissingExtraError, PathfmError, UsageError
 from pathfm.log import say, status
+from pathfm.snakemake_progress import Progress, ask, follow, last_line
 from pathfm.store.commit import commit_file
-from pathfm.store.receipts import read_receipt, receipt_path
 from pathfm.workers import usable_cores
 
 if TYPE_CHECKING:
@@ -33,14 +33,16 @@ if TYPE_CHECKING:
 INSTALLED = "share/pathfm/pipelines"
 """Where an installed pathfm has its rules and profiles, under the prefix of the installation."""
 LOGS = "logs"
+EXIT = r"^exit (\d+)$"
+"""What the log of a job that has failed ends with, before what its helper processes may still say."""
 KILLED = 128 + signal.SIGKILL
 """Exit code that a shell gives for a killed job."""
 REPORT = Path("report") / "snakemake.html"
 """Snakemake's own report, in the output folder."""
 PICTURES = {".dot": "dot", ".svg": "dot", ".png": "dot", ".mmd": "mermaid-js"}
 """Kinds of pictures -> the language in which Snakemake writes them."""
-TAIL = 12
-"""Lines of Snakemake's that are shown when it fails without a job having failed."""
+SACCT = "sacct --allocations --parsable2 --noheader --clusters all --format JobIdRaw,State --name pathfm"
+"""What Snakemake's executor asks to know how its jobs are."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class EngineOptions:
     """How Snakemake is to run.
 
     Attributes:
-        profile: name of a shipped profile, a folder, or the name of a profile of the user.
+        profile: name of a shipped profile, or a folder.
         jobs: most jobs at a time (on this machine: cores in use); 0: what the profile says, on this machine all cores.
         dry_run: only say which jobs would run.
         until: last stage; empty: all.
@@ -80,12 +82,13 @@ def run_snakemake(out: Path, plan: StudyPlan, options: EngineOptions) -> ExitCod
 
     Raises:
         MissingExtraError: Snakemake, or for some pictures graphviz, is not installed.
-        UsageError: Snakemake refuses the profile.
+        UsageError: there is no such profile, or Snakemake refuses it.
         PathfmError: Snakemake itself has failed.
     """
     if importlib.util.find_spec("snakemake") is None:
         raise MissingExtraError("running a study by Snakemake needs Snakemake", extra="pipelines")
     out = out.absolute()
+    _profile(options.profile)
     if options.dag:
         return _draw(out, options.dag, options)
     if options.unlock:
@@ -113,15 +116,44 @@ def pipelines() -> Path:
     raise PathfmError("this installation of pathfm has no Snakefile", fix="install pathfm again")
 
 
-def _profile(options: EngineOptions) -> str:
-    """A shipped profile, else a folder, else a name that Snakemake looks up among those of the user."""
-    found = [path for path in (pipelines() / "profiles" / options.profile, Path(options.profile)) if path.is_dir()]
-    return str(found[0].absolute()) if found else options.profile
+def _profile(name: str) -> Path:
+    """The folder of a profile: a shipped one, else the user's.
+
+    Raises:
+        UsageError: there is none.
+    """
+    shipped = {folder.name: folder for folder in (pipelines() / "profiles").iterdir()}
+    folder = shipped.get(name, Path(name).absolute())
+    if not folder.is_dir():
+        raise UsageError("there is no such profile", where=name, fix="local, slurm, kubernetes, or a folder")
+    _profile_file(folder)
+    return folder
+
+
+def _profile_file(folder: Path) -> Path:
+    found = sorted(file for file in folder.glob("*.yaml") if re.match(r"(config|profile)(\.v\d+\+)?\.yaml$", file.name))
+    if not found:
+        raise UsageError("a profile needs a config.yaml", where=str(folder), fix="copy one of pipelines/profiles")
+    return found[-1]
+
+
+def _profile_settings(name: str) -> dict[str, object]:
+    """What a profile says.
+
+    Raises:
+        UsageError: it is no YAML.
+    """
+    file = _profile_file(_profile(name))
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"this is no YAML: {' '.join(str(error).split())}", where=str(file)) from error
+    return settings if isinstance(settings, dict) else {}
 
 
 def _environment(options: EngineOptions) -> dict[str, str]:
     """Profiles with scripts of their own find them by this variable."""
-    return {**os.environ, "PATHFM_PROFILE": _profile(options)}
+    return {**os.environ, "PATHFM_PROFILE": str(_profile(options.profile))}
 
 
 def _arguments(out: Path, options: EngineOptions, whole: bool = False) -> list[str]:
@@ -136,7 +168,7 @@ def _arguments(out: Path, options: EngineOptions, whole: bool = False) -> list[s
     jobs = str(options.jobs or usable_cores())
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(pipelines() / "Snakefile"), "--directory", str(out)),
-        *("--profile", _profile(options), "--nocolor"),
+        *("--profile", str(_profile(options.profile)), "--nocolor"),
         *(("--jobs", jobs) if options.jobs or options.profile == "local" else ()),
         *("--config", *(f"{name}={value}" for name, value in config.items() if value)),
     ]
@@ -183,72 +215,76 @@ def _report(out: Path, options: EngineOptions) -> None:
     say(f"Snakemake's report: {file}")
 
 
-@dataclass
-class _Progress:
-    """What Snakemake's lines say, said again in ours. Nothing but these lines depends on how Snakemake words its own."""
-
-    out: Path
-    names: dict[str, tuple[str, str]] = field(default_factory=dict)
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
-    stage: str = ""
-    job: str = ""
-    said: str = ""
-    errors: int = 0
-
-    def take(self, line: str) -> None:
-        """One line of Snakemake's."""
-        self.tail.append(line)
-        if found := re.match(r"(?:local)?rule (\w+):$", line):
-            self.stage = found[1]
-        elif found := re.match(r"\s+jobid: (\d+)$", line):
-            self.job = found[1]
-        elif found := re.match(r"\s+wildcards: group=(\S+)$", line):
-            self.names[self.job] = self.stage, found[1]
-        elif line.startswith("Error in rule "):
-            self.errors += 1
-        elif found := re.match(r"Finished jobid: (\d+)", line):
-            self.said = found[1]
-        elif (found := re.match(r"(\d+) of (\d+) steps", line)) and self.said in self.names:
-            self._say_done(*self.names[self.said], int(found[1]), int(found[2]) - 1)  # the last step is the target of all
-
-    def _say_done(self, stage: str, group: str, done: int, total: int) -> None:
-        try:
-            receipt = read_receipt(receipt_path(self.out, stage, group))
-        except StoreError:
-            receipt = None
-        failed = f", {len(receipt.failed)} of {len(receipt.slides)} slides failed" if receipt and receipt.failed else ""
-        status(f"{stage} {group}", "done", f"{done} of {total} jobs{failed}")
-
-
 def _run(out: Path, plan: StudyPlan, options: EngineOptions) -> ExitCode:
     from pathfm.study_plan import NEEDS
 
     stages = list(NEEDS)[: list(NEEDS).index(options.until) + 1] if options.until else list(NEEDS)
     jobs = [job for job in plan.stale if job.stage in stages]
+    if options.dry_run:
+        return _dry_run(out, jobs, options)
     if not jobs:
         say("everything is up to date: nothing was done")
         return _outcome(out, plan)
-    if options.dry_run:
-        return _dry_run(out, jobs, options)
-    logs = {job.name: Path(LOGS, job.stage, f"{job.group}.log") for job in jobs}
-    before = {name: _ended(out / log) for name, log in logs.items()}
-    code, sent, progress = _start([*_arguments(out, options), "--nolock"], _environment(options), _Progress(out))
-    broken = {name: ended[1] for name, log in logs.items() if (ended := _ended(out / log)) and ended != before[name]}
-    for name in broken:
-        status(name, "failed", f"{_last_words(out / logs[name], broken[name])} - see {logs[name]}")
+    settings = _profile_settings(options.profile)
+    before = {job.name: _ended(out / _log(job)) for job in jobs}
+    progress = Progress(out, str(settings.get("executor", "local")))
+    command = [*_arguments(out, options), "--nolock", *_status_command(settings)]
+    code, sent = follow(command, _environment(options), progress)
+    ended = {job.name: _ended(out / _log(job)) for job in jobs}
+    broken = {name: end[1] for name, end in ended.items() if end and end != before[name]}
+    _say_what_failed(out, jobs, broken, progress, "stopped" if sent else "failed")
     if sent:
+        _say_how_far(progress, "stopped", f"by {signal.Signals(sent).name}, ")
         return ExitCode.INTERRUPTED if sent == signal.SIGINT else ExitCode.PREEMPTED
-    if code and not broken and not progress.errors:
+    if not code:
+        return _outcome(out, plan)
+    if not broken and not progress.failed:
         raise _trouble(progress.tail)
-    return _worst(broken.values()) if code else _outcome(out, plan)
+    _say_how_far(progress, "failed")
+    return _worst(broken.values())
+
+
+def _log(job: Planned) -> Path:
+    return Path(LOGS, job.stage, f"{job.group}.log")
+
+
+def _say_what_failed(out: Path, jobs: list[Planned], broken: dict[str, int], progress: Progress, outcome: str) -> None:
+    """A line per job: its own last words; of one that could not even begin to write its log, Snakemake's."""
+    for job in jobs:
+        words = progress.failed.get((job.stage, job.group))
+        if job.name in broken:
+            words = f"{_last_words(out / _log(job), broken[job.name])} - see {_log(job)}"
+        if words is not None:
+            status(job.name, outcome, words or "Snakemake's log says more, in .snakemake/log")
+
+
+def _say_how_far(progress: Progress, outcome: str, why: str = "") -> None:
+    done, total = progress.counts
+    behind = progress.left_behind()
+    far = f"{done} of {total} jobs are done" if total else "no job is done"
+    status("the run", outcome, f"{why}{far}; the same command does the rest{f' ({behind})' if behind else ''}")
+
+
+def _status_command(settings: dict[str, object]) -> tuple[str, ...]:
+    """Snakemake's executor trusts ``sacct`` wherever it is installed, and without accounting waits for ever for its answer."""
+    if settings.get("executor") != "slurm" or settings.get("slurm-status-command") or not shutil.which("sacct"):
+        return ()
+    answer = ask(*SACCT.split())
+    if not answer.returncode:
+        return ()
+    say(f"jobs are watched by squeue, because sacct fails: {last_line(answer.stderr)}")
+    return "--slurm-status-command", "squeue"
 
 
 def _dry_run(out: Path, jobs: list[Planned], options: EngineOptions) -> ExitCode:
     """Snakemake builds its graph, so that a profile or a rule that it refuses is known now; the plan says what is in it."""
     _ask(out, options, "--dry-run", "--quiet", "all")
+    if not jobs:
+        say("everything is up to date: nothing would run")
     for job in jobs:
         say(f"{job.name}: {job.state}, {len(job.slide_ids)} slides")
-    say(f"{len(jobs)} jobs would run")
+    if jobs:
+        say(f"{len(jobs)} jobs would run")
     return ExitCode.DONE
 
 
@@ -262,40 +298,11 @@ def _outcome(out: Path, plan: StudyPlan) -> ExitCode:
     return ExitCode.SOME_FAILED if failed else ExitCode.DONE
 
 
-def _start(command: list[str], environment: dict[str, str], progress: _Progress) -> tuple[int, int, _Progress]:
-    """Runs Snakemake and tells how far it is: its exit code, the signal that ended it (0: none), what it said.
-
-    It and its jobs are a process group of their own, to which signals are passed on: jobs save what they have.
-    """
-    sent = 0
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env=environment, start_new_session=True,
-    )  # fmt: skip
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal sent
-        sent = number
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with process:
-            for line in process.stdout or ():
-                progress.take(line.rstrip())
-        return process.returncode, sent, progress
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _ended(log: Path) -> tuple[int, int] | None:
-    """When the log of a job was written last, and the exit code that is its last line; None where it has none."""
+    """When the log of a job was written last, and the exit code that it tells; None where it has none."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = re.match(r"exit (\d+)$", lines[-1]) if lines else None
-        return (log.stat().st_mtime_ns, int(found[1])) if found else None
+        found = re.findall(EXIT, log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        return (log.stat().st_mtime_ns, int(found[-1])) if found else None
     except OSError:
         return None
 
@@ -303,8 +310,9 @@ def _ended(log: Path) -> tuple[int, int] | None:
 def _last_words(log: Path, code: int) -> str:
     if code == KILLED:  # then its last line is about something else
         return "it was killed, often for want of memory"
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-2].strip() if len(lines) > 1 else "it said nothing"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    said = [line for line in lines if line and not re.match(EXIT, line)]
+    return said[-1] if said else f"it said nothing, and ended with {code}"
 
 
 def _worst(codes: Iterable[int]) -> ExitCode:

@@ -266,9 +266,10 @@ def _pretrain_job(run: Run, slides: Mapping[str, str], retrain: bool) -> Planned
     receipt = None if is_open else read_receipt(receipt_path(run.layout.out, "pretrain", ALL))
     listed = {name: slide.store for name, slide in pinned.slides.items()} if pinned and not is_open else {}
     was = {name: value for name, value in receipt.inputs.items() if name not in NOT_SLIDES} if receipt else {}
-    frozen = {**listed, **was} if receipt else listed or slides
-    # A slide that had no tiles when the list was frozen is not in it: that it can be read by now changes nothing.
-    current = {name: slides[name] for name in frozen if name in slides and (not listed or name in listed)}
+    without = dict.fromkeys(pinned.without_tiles, "") if pinned and listed else {}
+    frozen = {**listed, **was} if receipt else {**listed, **without} or slides
+    # Once the list is frozen, a slide that had no tiles then changes nothing by being readable.
+    current = {name: slides[name] for name in frozen if name in slides and (not receipt or not listed or name in listed)}
     inputs = {name: value for name, value in sorted({**frozen, **current}.items()) if name not in out}
     before = {name: slide.facts for name, slide in pinned.slides.items() if slide.facts} if pinned else {}
     facts = {name: row for name, row in {**before, **sampling_facts(run)}.items() if name in inputs}

@@ -48,7 +48,9 @@ class InternalError(SlideError):
 
 
 class WorkerCrash(SlideError):
-    """The worker process ended before it had a result: a native crash, a kill, or the time limit."""
+    """The worker process ended before it had a result: a native crash, a kill, or the time limit; ``killed``: by SIGKILL."""
+
+    killed = False
 
 
 class ProcessName(NamedTuple):
@@ -327,8 +329,11 @@ def _crash(code: int) -> WorkerCrash:
     if code >= 0:
         return WorkerCrash(f"its worker process ended with exit code {code} before it had a result")
     known = {item.value: item.name for item in signal.Signals}
-    advice = "often too little memory: fewer workers need less" if -code == signal.SIGKILL else ""
-    return WorkerCrash(f"its worker process was ended by {known.get(-code, f'signal {-code}')}", fix=advice)
+    killed = -code == signal.SIGKILL
+    advice = "often too little memory: fewer workers need less" if killed else ""
+    crash = WorkerCrash(f"its worker process was ended by {known.get(-code, f'signal {-code}')}", fix=advice)
+    crash.killed = killed
+    return crash
 
 
 def _machine() -> tuple[str, str, str, str]:

@@ -47,6 +47,7 @@ LAYERS = (
         "jobs",
         "study_plan",
         "snakemake_engine",
+        "snakemake_progress",
         "encoder_pin",
         "retraining_price",
         "audit",

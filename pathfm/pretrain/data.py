@@ -9,9 +9,11 @@ are view-major: rows 0..B-1 are the first view of each tile, and so on.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import signal
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
@@ -162,6 +164,29 @@ def load_batches(batches: TileBatches, numbers: range, workers: int, pin: bool =
         multiprocessing_context=context,
         prefetch_factor=2 if workers else None,
     )
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch:
+    """The next batch.
+
+    Raises:
+        TrainingError: a process that makes them was killed.
+    """
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fix = "often too little memory: fewer compute.workers need less; the same command again goes on"
+        raise TrainingError("a process that makes batches was killed", where="pretrain", fix=fix) from error
+
+
+@atexit.register
+def _end_workers() -> None:
+    # They do not heed the SIGTERM that ends such processes when Python does, and would be waited for forever.
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _quiet_worker(_: int) -> None:

@@ -19,7 +19,7 @@ from pathfm.faults import crash_point
 from pathfm.log import get_log, track
 from pathfm.models.vit import MaskedViT
 from pathfm.pretrain.colour import NEUTRAL, apply_colour
-from pathfm.pretrain.data import Batch, TileBatches, load_batches
+from pathfm.pretrain.data import Batch, TileBatches, load_batches, next_batch
 from pathfm.pretrain.diagnostics import relative_distance
 from pathfm.pretrain.health import Alarm, Watch, record_alarm
 from pathfm.pretrain.job import Job, whole
@@ -136,7 +136,7 @@ class Training:
         waited_s, replaced = 0.0, 0
         for part in range(parts):
             asked = time.monotonic()
-            batch = next(batches)
+            batch = next_batch(batches)
             waited_s += time.monotonic() - asked
             replaced += batch.replaced
             # Stochastic depth is all that draws from this; it repeats after a resume.

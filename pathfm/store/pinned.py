@@ -36,12 +36,14 @@ class Pinned:
         tiling: digest of the tile settings that the fingerprints were made with.
         slides: by slide_id; none: the list is open, and the next pretraining makes it of the slides that there are.
         held_out: patients who were kept back to be judged, sorted; they stay so.
+        without_tiles: slides that there were when the list was frozen, and that had no tiles then, sorted.
         binding: whether it holds although nothing was learned here yet, since it was taken over from another folder.
     """
 
     tiling: str
     slides: Mapping[str, PinnedSlide] = field(default_factory=dict)
     held_out: tuple[str, ...] = ()
+    without_tiles: tuple[str, ...] = ()
     binding: bool = False
 
 
@@ -67,7 +69,8 @@ def read_pinned(out: Path) -> Pinned | None:
         raise StoreError("a list of pretraining slides of another version of pathfm", where=str(path), fix=fix)
     try:
         slides = {str(slide_id): PinnedSlide(**row) for slide_id, row in found["slides"].items()}
-        return Pinned(str(found["tiling"]), slides, tuple(map(str, found["held_out"])), found.get("binding") is True)
+        held_out, without = (tuple(map(str, found[name])) for name in ("held_out", "without_tiles"))
+        return Pinned(str(found["tiling"]), slides, held_out, without, found.get("binding") is True)
     except (AttributeError, KeyError, TypeError):
         raise StoreError("not a list of pretraining slides", where=str(path), fix=fix) from None
 

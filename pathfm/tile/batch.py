@@ -27,7 +27,7 @@ from pathfm.study import Study
 from pathfm.tile.finish import KEPT
 from pathfm.tile.slide import tile_slide
 from pathfm.tile.task import TileTask
-from pathfm.workers import InternalError, map_isolated, usable_cores
+from pathfm.workers import InternalError, WorkerCrash, map_isolated, usable_cores
 
 STAGE = "tile"
 
@@ -55,6 +55,7 @@ class Batch:
         self._workers = study.compute.workers or usable_cores()
         self._stack = ExitStack()
         self._lost: list[TileTask] = []
+        self._killed: set[str] = set()
 
     def __enter__(self) -> Self:
         self._events = self._stack.enter_context(Events(self._folder))
@@ -112,7 +113,12 @@ class Batch:
     def _take_note(self, task: TileTask, result: _Worked | PathfmError) -> None:
         if task.lease is not None:
             task.lease.release()
-        if isinstance(result, LeaseLostError):
+        # A kill says more of the machine than of the slide: it gets a second try, so that what follows does not miss it.
+        killed = isinstance(result, WorkerCrash) and result.killed and task.row.slide_id not in self._killed
+        if killed:
+            self._killed.add(task.row.slide_id)
+            status(task.row.slide_id, "again", "its worker process was killed")
+        if killed or isinstance(result, LeaseLostError):
             self._lost.append(replace(task, lease=None, local=None))
             return
         if isinstance(result, InternalError):

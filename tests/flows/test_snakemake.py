@@ -10,15 +10,17 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pathfm import snakemake_engine
+from pathfm import snakemake_engine, snakemake_progress
 from pathfm.errors import ExitCode, MissingExtraError, UsageError
 from pathfm.snakemake_engine import EngineOptions, pipelines, run_snakemake
+from pathfm.snakemake_progress import Progress, follow
 from pathfm.store.lease import Leases
 from pathfm.store.receipts import STAGES, Receipt, SlideReceipt, read_receipt, read_receipts, receipt_path, write_receipt
 from pathfm.study_plan import Planned, StudyPlan, plan_file, write_plan
@@ -157,6 +159,129 @@ def test_profiles_force_what_is_in_the_graph_and_let_no_time_decide():
         profile = yaml.safe_load((pipelines() / "profiles" / name / "config.yaml").read_text())
         assert profile["forceall"] is profile["rerun-incomplete"] is profile["keep-going"] is True
         assert profile["rerun-triggers"] == ["params", "input"]
+
+
+def test_a_profile_that_is_none_is_refused_even_with_nothing_to_do(study, tmp_path, monkeypatch):
+    plan = planned(study, {"else": "current"})
+    with pytest.raises(UsageError) as refused:
+        engine(study, plan, profile="nosuch", dry_run=True)
+    assert str(refused.value) == "nosuch: there is no such profile (local, slurm, kubernetes, or a folder)"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    with pytest.raises(UsageError, match=r"needs a config\.yaml"):
+        engine(study, plan, profile="./slurm")  # the user's, not the shipped one
+    (tmp_path / "slurm" / "config.yaml").write_text("jobs: [")
+    with pytest.raises(UsageError, match="no YAML"):
+        engine(study, planned(study, {}), profile="./slurm")
+
+
+def program(folder, name, text):
+    """A program of a cluster, as far as it matters here."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+    return folder
+
+
+def test_where_sacct_fails_jobs_are_watched_by_squeue(tmp_path, monkeypatch, capsys):
+    ask_squeue = ("--slurm-status-command", "squeue")
+    monkeypatch.setenv("PATH", f"{program(tmp_path / 'bin', 'sacct', 'echo it is disabled >&2; exit 1')}:{os.environ['PATH']}")
+    assert snakemake_engine._status_command({"executor": "slurm"}) == ask_squeue
+    assert capsys.readouterr().out == "jobs are watched by squeue, because sacct fails: it is disabled\n"
+    assert snakemake_engine._status_command({"executor": "slurm", "slurm-status-command": "sacct"}) == ()
+    assert snakemake_engine._status_command({"executor": "local"}) == ()
+    program(tmp_path / "bin", "sacct", "sleep 30")
+    monkeypatch.setattr(snakemake_progress, "ASK_S", 0.2)
+    assert snakemake_engine._status_command({"executor": "slurm"}) == ask_squeue
+    program(tmp_path / "bin", "sacct", "exit 0")
+    assert snakemake_engine._status_command({"executor": "slurm"}) == ()
+
+
+SAID = """SLURM run ID: some-name
+rule tile:
+    jobid: 3
+    wildcards: group=1-of-2
+rule tile:
+    jobid: 4
+    wildcards: group=2-of-2
+Job 3 has been submitted with SLURM jobid 12 (log: x.log).
+Job 4 has been submitted with SLURM jobid 13 (log: x.log).
+Error in rule tile:
+    message: SLURM-job '13' failed.For further error details see the cluster/cloud log
+    jobid: 4
+"""
+
+
+def test_jobs_of_slurm_are_said_when_submitted_when_they_wait_and_when_they_fail(tmp_path, monkeypatch, capsys):
+    progress = Progress(tmp_path, "slurm")
+    for line in SAID.splitlines():
+        progress.take(line)
+    assert progress.active == {"3": "12"}
+    assert progress.failed == {("tile", "2-of-2"): "SLURM-job '13' failed."}
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["submitted tile 1-of-2  as SLURM job 12", "submitted tile 2-of-2  as SLURM job 13"]
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for answer, expected in {
+        'echo "$*" > "$0.asked"; echo "12|PENDING|Resources"': "pending tile 1-of-2  SLURM job 12: Resources",
+        'echo "12|RUNNING|None"': "running tile 1-of-2  SLURM job 12",
+        "true": "unknown tile 1-of-2  SLURM job 12: not in SLURM's queue any more",
+        "echo no controller >&2; exit 1": "waiting squeue  SLURM does not answer: no controller",
+    }.items():
+        program(tmp_path / "bin", "squeue", answer)
+        progress.say_queue()
+        assert capsys.readouterr().err == f"{expected}\n"
+    assert "--name=some-name" in (tmp_path / "bin" / "squeue.asked").read_text()
+    assert progress.left_behind() == "jobs on the cluster go on: scancel --name some-name ends them"
+    for line in ("Finished jobid: 3 (Rule: tile)", "1 of 3 steps (33%) done"):
+        progress.take(line)
+    assert progress.counts == (1, 2)
+    assert progress.left_behind() == ""
+
+
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_a_second_signal_ends_a_snakemake_that_only_waits(tmp_path, monkeypatch, capsys, executor):
+    monkeypatch.setattr(snakemake_progress, "SAME_S", 0.1)
+    monkeypatch.setattr(snakemake_progress, "QUIET_S", (0.05, 60.0))
+    asked = []
+    monkeypatch.setattr(Progress, "say_queue", lambda self: asked.append(1))
+    ready = tmp_path / "ready"
+
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.01)
+        for pause in (0.01, 0.5, 0.0):  # the second comes with the first: one program, two signals
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(pause)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    began = time.monotonic()
+    waits = f"trap '' INT TERM; touch {shlex.quote(str(ready))}; sleep 30"
+    code, sent = follow(["bash", "-c", waits], dict(os.environ), Progress(tmp_path, executor))
+    thread.join()
+    assert (code, sent) == (-signal.SIGKILL, signal.SIGINT)
+    assert 0.4 < time.monotonic() - began < 20
+    assert capsys.readouterr().err == "ending  the run  waiting for 0 jobs to end; again to stop now\n"
+    assert bool(asked) == (executor == "slurm")
+
+
+def test_submit_checks_everything_before_it_submits_anything(tmp_path):
+    submit, asked = pipelines() / "slurm" / "submit.sh", tmp_path / "asked.txt"
+    program(tmp_path / "bin", "sbatch", f'echo "$*" >> {asked}; wc -l < {asked}')
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+    def call(*words):
+        done = subprocess.run(["bash", submit, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    (tmp_path / "study.yaml").touch()
+    assert call("none.yaml") == (2, "submit.sh: none.yaml: there is no such study file, or it cannot be read\n")
+    assert call("study.yaml", "tile", "mill") == (2, "submit.sh: there is no stage 'mill' (tile, pretrain, extract, mil)\n")
+    assert not asked.exists()
+    assert call("study.yaml", "tile", "mil", "--", "--time=5") == (0, "tile 1\nmil 2\n")
+    first, second = asked.read_text().splitlines()
+    assert first.endswith("--time=5 " + f"{submit.parent / 'tile.sh'} study.yaml")
+    assert "--time=5 --dependency=afterok:1" in second
 
 
 def test_the_rules_are_found_in_an_installation_too(tmp_path, monkeypatch):

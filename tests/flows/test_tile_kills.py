@@ -116,11 +116,8 @@ def _kill_in_work(undisturbed, out, seconds, victim):
     code, _, err = end(process)
     assert is_plain(err) or victim == "parent"  # Python complains of a parent that died while it started a worker
     if victim == "worker":
-        failed = [reason for status, reason in outcomes(out).values() if status == "failed"]
-        assert len(failed) <= 1
-        assert all("SIGKILL" in reason for reason in failed)
-        assert code == (3 if failed else 0)
-        return 0 if failed else worked
+        assert code == 0, "the slide is tried again"
+        return 0 if "its worker process was killed" in err else worked
     in_work = 0 < len(whole) < SLIDES or any(name.endswith((".partial", ".lease")) for name in hidden)
     is_hit = code == -signal.SIGKILL and in_work and not (stores_of(out) / "record.json").exists()
     return 0 if is_hit else worked
@@ -161,9 +158,10 @@ def _killed_at(slides, out, point, **options):
     assert is_plain(err)
     if code == -signal.SIGKILL:
         return True
-    assert code == 3, err
+    # The slide was tried again, by a new worker, which may come to the same point.
+    assert "its worker process was killed" in err
     reasons = [reason for status, reason in outcomes(out).values() if status == "failed"]
-    assert reasons
+    assert code == (3 if reasons else 0), err
     assert all("SIGKILL" in reason for reason in reasons)
     return False
 
@@ -183,8 +181,8 @@ def _old_and_new(tmp_path, few):
 @pytest.mark.parametrize("point", [point for point in POINTS if not point.startswith(STALE)])
 def test_killed_at_a_point(tmp_path, few, point):
     out = tmp_path / "out"
-    _killed_at(few[0], out, point)
-    assert len(made(out)) < 3 or litter(out)
+    if _killed_at(few[0], out, point):
+        assert len(made(out)) < 3 or litter(out)
     _finish(few[0], out, few[1])
 
 
@@ -193,7 +191,6 @@ def test_killed_at_a_point(tmp_path, few, point):
 def test_killed_while_stores_are_replaced(tmp_path, few, point):
     slides, out = _old_and_new(tmp_path, few)
     _killed_at(slides, out, point)
-    assert litter(out)
     if point == STALE:  # every old store is aside and no new one in place: the moment that is hardest to repair
         assert (made(out), sum(name.endswith(".old") for name in litter(out))) == ([], 3)
     code, _, err = tile(slides, out)

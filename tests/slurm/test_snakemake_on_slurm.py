@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,8 +32,6 @@ def profile(tmp_path):
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings |= {
         "set-threads": dict.fromkeys(STAGES, 1),
-        "slurm-status-command": "squeue",
-        "slurm-no-account": True,
         "slurm-init-seconds-before-status-checks": 2,
         "latency-wait": 5,
         "retries": 0,
@@ -62,8 +62,31 @@ def test_a_study_makes_what_it_makes_without_a_cluster_though_the_daemons_are_ki
         said = "".join(run.communicate(timeout=200))
     assert run.returncode == 3, said
     assert cohort[1] in said
+    assert "jobs are watched by squeue, because sacct fails" in said
     assert digests(out) == digests(undisturbed)
     done = Counter(event["slide_id"] for event in events(out) if event["kind"] == "slide_done")
     assert set(done.values()) == {1}, "a finished slide was made again"
     states = Counter(cluster.command("squeue", "--states=all", "--noheader", "--format=%T").split())
     assert states["COMPLETED"] >= 1 + 3 + 1 + 3 + 1 + 1
+
+
+def test_a_job_that_cannot_start_is_seen_and_left_by_two_signals(cluster, profile, study):
+    settings = yaml.safe_load((profile / "config.yaml").read_text())
+    settings["set-threads"]["check"] = 64
+    (profile / "config.yaml").write_text(yaml.safe_dump(settings))
+    with subprocess.Popen(_command(study, profile), env=cluster.environment, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        said = run.stderr.readline()
+        run.send_signal(signal.SIGTERM)
+        said += run.stderr.readline()
+        assert run.poll() is None
+        time.sleep(1.5)
+        run.send_signal(signal.SIGTERM)
+        said += run.communicate(timeout=30)[1]
+    assert run.returncode == 75, said
+    number = re.match(r"submitted check all  as SLURM job (\d+)\n", said)
+    assert number, said
+    assert "waiting for 1 job to end" in said
+    assert cluster.jobs(number[1]) == {number[1]: "PENDING"}
+    cluster.command("scancel", "--name", re.search(r"stopped the run .* scancel --name (\S+)", said)[1])
+    assert cluster.wait(number[1]) == {number[1]: "CANCELLED"}
