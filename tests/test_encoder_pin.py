@@ -198,7 +198,8 @@ def test_slides_that_are_now_held_out_leave_the_list_and_make_it_stale(bench):
 
 def test_a_list_that_is_damaged_says_so(bench):
     bench.pretrain("a")
-    for content in ({"format": 9}, {"format": 1}, {"format": 1, "tiling": "", "held_out": [], "without_tiles": [], "slides": {"a": {"x": 1}}}):
+    whole = {"format": 1, "tiling": "", "held_out": [], "without_tiles": []}
+    for content in ({"format": 9}, {"format": 1}, {**whole, "slides": {"a": {"x": 1}}}):
         pinned_file(bench.out).write_text(json.dumps(content))
         with pytest.raises(StoreError, match=r"pinned.json: .*delete it"):
             pretrain_fingerprint(bench.run("a"))
