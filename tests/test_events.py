@@ -138,14 +138,14 @@ def test_a_disk_that_stays_full_leaves_a_torn_line_that_the_next_process_closes(
         "events are not written: No space left on device"
     ]
     assert audit(tmp_path) == 0
-    assert "1 torn last lines" in capsys.readouterr().out
+    assert "1 torn last line" in capsys.readouterr().out
     with Events(tmp_path) as events:
         events.write("progress", done=5)
     *_, closing, last = events.path.read_bytes().splitlines()
     assert json.loads(closing) | {"kind": "recovered", "bytes": 10, "sequence": 2} == json.loads(closing)
     assert json.loads(last)["done"] == 5
     assert audit(tmp_path) == 0
-    assert "1 torn lines recovered" in capsys.readouterr().out
+    assert "1 torn line recovered" in capsys.readouterr().out
 
 
 def disk_of(monkeypatch, error=errno.ENOSPC):
