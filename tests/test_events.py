@@ -238,7 +238,7 @@ def test_a_line_that_a_kill_has_torn_is_closed_by_the_next_process(tmp_path, cut
         events.write("progress", done=3)
     assert audit(tmp_path) == 0
     whole = cut == -1  # only the end of the line is lacking, and nothing is lost
-    assert f"{0 if whole else 1} torn lines recovered" in capsys.readouterr().out
+    assert ("0 torn lines recovered" if whole else "1 torn line recovered") in capsys.readouterr().out
     readable = [json.loads(line) for line in events.path.read_bytes().splitlines() if line.endswith(b"}")]
     assert [line.get("done", line["kind"]) for line in readable] == [1, 2 if whole else "recovered", 3]
 
