@@ -39,6 +39,7 @@ def trained(tmp_path_factory, cohort_table):
     return folder
 
 
+@pytest.mark.long
 def test_a_table_that_comes_later_keeps_the_settings(trained):
     specs = [path.name for path in (trained / "out" / "tiles").iterdir()]
     assert len(specs) == 1
@@ -56,6 +57,7 @@ def test_predictions_use_the_training_settings_whatever_was_run_since(trained, t
     assert (tmp_path / "one" / "predictions.csv").read_text() == (tmp_path / "two" / "predictions.csv").read_text()
 
 
+@pytest.mark.long
 def test_predictions_never_go_into_a_study(trained):
     slide = next((trained / "slides").glob("*.tiff"))
     before = (trained / "out" / "study.yaml").read_text()
@@ -65,6 +67,7 @@ def test_predictions_never_go_into_a_study(trained):
     assert (trained / "out" / "study.yaml").read_text() == before
 
 
+@pytest.mark.long
 def test_a_batch_of_bad_slides_alone_still_gets_its_rows(trained, tmp_path):
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     code, _, err = run("mil", "predict", trained / "out", tmp_path / "bad.svs", "--out", tmp_path / "new")
@@ -72,6 +75,7 @@ def test_a_batch_of_bad_slides_alone_still_gets_its_rows(trained, tmp_path):
     assert "bad,,failed" in (tmp_path / "new" / "predictions.csv").read_text()
 
 
+@pytest.mark.long
 def test_a_copied_folder_works_on_itself(trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "copy")
     before = sorted(path.name for path in (trained / "out" / "features").rglob("*"))
@@ -80,6 +84,7 @@ def test_a_copied_folder_works_on_itself(trained, tmp_path):
     assert sorted(path.name for path in (trained / "out" / "features").rglob("*")) == before
 
 
+@pytest.mark.long
 def test_a_slide_whose_mpp_changed_is_not_used_until_it_is_tiled_again(trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
     table = tmp_path / "cohort.csv"
@@ -90,6 +95,7 @@ def test_a_slide_whose_mpp_changed_is_not_used_until_it_is_tiled_again(trained, 
     assert "its tiles are stale" in err
 
 
+@pytest.mark.long
 def test_a_failed_command_changes_no_settings(trained):
     before = (trained / "out" / "study.yaml").read_text()
     assert run("extract", trained / "out", "--encoder", "untrained:nonsense")[0] == 2
@@ -97,6 +103,7 @@ def test_a_failed_command_changes_no_settings(trained):
     assert (trained / "out" / "study.yaml").read_text() == before
 
 
+@pytest.mark.long
 def test_reasons_carry_no_paths(trained, tmp_path):
     (tmp_path / "slides").mkdir()
     (tmp_path / "slides" / "bad.svs").write_bytes(b"no slide")

@@ -281,6 +281,7 @@ def synthetic_slides(tmp_path_factory):
     return sorted(folder.iterdir())
 
 
+@pytest.mark.long
 def test_damaged_synthetic_slides(synthetic_slides, tmp_path):
     seen = check(fuzzed(synthetic_slides, 20, "stitched", tmp_path / "fuzz", 1))
     assert seen["direct", "tiles"] > 1000

@@ -132,6 +132,7 @@ def test_a_slide_on_a_server_gives_the_store_of_the_local_file(tmp_path, slides,
     assert not any(secret.encode() in written(tmp_path / "far" / "out") + said.encode() for secret in SECRETS)
 
 
+@pytest.mark.long
 def test_an_aperio_slide_differs_in_who_read_its_scale_alone(tmp_path, slides, server):
     _, near, _ = tiled(tmp_path / "near", [("slide", slides / "aperio.svs")])
     code, far, said = tiled(tmp_path / "far", [("slide", server.url("aperio.svs"))])
@@ -143,6 +144,7 @@ def test_an_aperio_slide_differs_in_who_read_its_scale_alone(tmp_path, slides, s
     assert len(server.asked) < FEW
 
 
+@pytest.mark.long
 def test_addresses_on_the_command_line(tmp_path, slides, server):
     address = f"http://127.0.0.1:{server.server_port}/ome.tif"
     code, out, err = run("tile", address, "--out", tmp_path / "out")

@@ -81,6 +81,7 @@ def seen_in(study):
     return look_for_seen(study, run.cohort, run.layout.tiles)
 
 
+@pytest.mark.long
 def test_renamed_saved_again_turned_and_related_slides_are_found_and_strangers_are_not(newcomers, cohort_table):
     seen, known = seen_in(newcomers), rows_of(cohort_table)
     found = {slide_id: {each.reason: each.match for each in evidence} for slide_id, evidence in seen.evidence.items()}
@@ -90,6 +91,7 @@ def test_renamed_saved_again_turned_and_related_slides_are_found_and_strangers_a
     assert set(found["relative"]) == {"same patient"}
 
 
+@pytest.mark.long
 def test_the_refusal_names_every_slide_and_its_evidence(newcomers):
     seen = seen_in(newcomers)
     with pytest.raises(UsageError) as caught:
@@ -99,6 +101,7 @@ def test_the_refusal_names_every_slide_and_its_evidence(newcomers):
     assert "stranger" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_the_encoder_folder_names_no_slide_and_no_patient(pretrained, cohort_table):
     teacher = teacher_of(pretrained)
     text = (teacher / MANIFEST).read_text() + json.dumps(json.loads((teacher / "card.json").read_text()))
