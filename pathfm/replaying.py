@@ -92,28 +92,19 @@ def _jobs_of(record: Path) -> Mapping[str, Mapping[str, Any]]:
 
 def _as_recorded(study: Study, settings: Mapping[str, Any]) -> Study:
     """The study with the recorded settings; where things are is the given study's."""
-    given, recorded = flat(study), dict(_leaves(settings, ""))
+    given, recorded = flat(study), flat(settings)
     differing = [
         f"{name}={json.dumps(value)}"
         for name, value in recorded.items()
         if name in given and name not in PLACES and not name.startswith(("out", "compute.")) and given[name] != value
     ]
-    size = f"compute.group_slides={recorded['compute.group_slides']}"
     for change in differing:
         say(f"as recorded: {change}")
     table = [f"{name}={json.dumps(value)}" for name, value in given.items() if name not in recorded or name in PLACES]
     same = [
         f"{name}={json.dumps(recorded[name])}" for name in given if name in recorded and name not in PLACES and name != "out"
     ]
-    return load_study(None, [*table, *same, size])
-
-
-def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return load_study(None, [*table, *same])
 
 
 def _check_same(plan: StudyPlan, recorded: Mapping[str, Mapping[str, Any]], record: Path) -> None:

@@ -141,9 +141,9 @@ def settings_digest(study: Study) -> str:
     return fingerprint(flat(study.model_copy(update={"out": Path(), "compute": compute})))
 
 
-def flat(settings: BaseModel) -> dict[str, Any]:
-    """Settings as a flat table: dotted name -> plain value."""
-    return dict(_flat(settings.model_dump(mode="json"), ""))
+def flat(settings: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, or a table of them, as a flat table: dotted name -> plain value."""
+    return dict(_flat(settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings, ""))
 
 
 def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -82,13 +82,12 @@ class Ledger:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = path.open("a+b", buffering=0)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.close)
             self._replay()
             if is_new or self._stream.tell() == 0:
                 self._write("ledger", format=FORMAT)
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
 
     def _replay(self) -> None:
         self._stream.seek(0)

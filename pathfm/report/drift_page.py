@@ -5,7 +5,6 @@ Everything is shown against the training of the bundle; nothing is computed anew
 
 from __future__ import annotations
 
-import importlib.resources
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pathfm import __version__
-from pathfm.errors import MissingExtraError
 from pathfm.log import plural
-from pathfm.report.fates import without_folders
 from pathfm.report.figures import ACCENT, MUTED, Chart, _canvas, plain
+from pathfm.report.page import render_template
 from pathfm.stats.thresholds import share_limits
 from pathfm.store.commit import commit_file
 
@@ -88,12 +86,6 @@ def render_drift_page(reference: Mapping[str, Any], rows: Sequence[Row], shifts:
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError("the drift page needs jinja2", extra="report") from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["without_folders"] = without_folders
     drawn = rows[-DRAWN:]
     context = {
         "cards": _cards(reference, rows, shifts),
@@ -110,8 +102,7 @@ def render_drift_page(reference: Mapping[str, Any], rows: Sequence[Row], shifts:
         "window": WINDOW,
         "version": __version__,
     }
-    text = importlib.resources.files("pathfm.report").joinpath("drift.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text).render(context) + "\n"
+    return render_template("drift.html.j2", context)
 
 
 def _flags(row: Row) -> Sequence[Mapping[str, str]]:
