@@ -64,7 +64,7 @@ def tiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder_of(out: Path) -> Path:
-    (folder,) = Layout(out, "").encoder("x", "y").parent.iterdir()
+    (folder,) = (path for path in Layout(out, "").encoder("x", "y").parent.iterdir() if path.is_dir())
     return folder
 
 
