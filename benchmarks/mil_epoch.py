@@ -69,11 +69,11 @@ def _train(bags: Bags, epochs: int, precision: str = "bf16") -> Fitted:
     tasks, target_BT = two_classes(settings, len(bags))
     job = FoldJob(0, tuple(range(count)), tuple(range(count, len(bags))), (SEED,))
     fitted: list[Fitted] = []
-    fit_folds(bags, target_BT, tasks, [job], settings, lambda _, members: fitted.extend(members), Machine(workers=1))
+    fit_folds(bags, target_BT, tasks, [job], settings, lambda _, members: fitted.extend(members), Machine(workers=THREADS))
     return fitted[0]
 
 
-def _plain(paths: list[Path], bags: Bags, epochs: int) -> PlainTraining:
+def _plain(paths: list[Path], bags: Bags, epochs: int, standardised: bool = False) -> PlainTraining:
     """The plain loop, from the weights that ours starts from."""
     settings = _settings(epochs, "fp32")
     network = build_network(spec_of(settings, DIM, 2))
@@ -82,7 +82,7 @@ def _plain(paths: list[Path], bags: Bags, epochs: int) -> PlainTraining:
     network.mean_D.copy_(mean_D)
     network.scale_D.copy_(scale_D)
     model = PlainAttention(DIM, settings.hidden, settings.attention, 2, settings.dropout)
-    model.start_from(network)
+    model.start_from(network, standardised)
     return PlainTraining(model, paths, settings.lr, settings.weight_decay, epochs)
 
 
@@ -104,8 +104,9 @@ def _time_table(times: dict[str, list[Spent]], bags: int, tiles: int) -> Table:
         f"mil_epoch: gated attention {DIM}-512-256, one epoch of {bags} bags x {tiles:,} x {DIM} float16",
         ("", "wall s", "CPU s", "wall / plain", "CPU / plain", "wall / from disk", "CPU / from disk"),
         notes=(
-            f"plain loop: fp32, one bag per step, {THREADS} threads. Ours: bf16, one bag per step, one thread that learns and",
-            "one that reads, with building the network and the validation of two small bags. Medians of runs in turn.",
+            f"plain loop: fp32, one bag per step, {THREADS} threads. Ours: bf16, one bag per step, one thread that learns, one",
+            "that helps with its products, one that reads, on as many cores; with building the network and the validation of",
+            "two small bags. Medians of runs in turn.",
             machine(),
         ),
     )
@@ -121,11 +122,12 @@ def _time_table(times: dict[str, list[Spent]], bags: int, tiles: int) -> Table:
 def _curves(paths: list[Path], bags: Bags) -> Table:
     """Training losses by epoch, from the same weights, in the same order of the bags."""
     reader = Reader(bags, 0, None, torch.float32, torch.device("cpu"))
-    plain = _plain(paths, bags, EPOCHS)
-    torch.manual_seed(0)
-    losses = [plain.epoch([place for place in reader.order(epoch) if place < len(paths)]) for epoch in range(EPOCHS)]
     table = Table("mil_epoch: mean training loss by epoch", ("", *(f"epoch {epoch}" for epoch in range(1, EPOCHS + 1))))
-    table.rows.append(("plain loop, fp32", *losses))
+    for name, standardised in (("plain loop, fp32", False), ("plain loop, fp32, features standardised", True)):
+        plain = _plain(paths, bags, EPOCHS, standardised)
+        torch.manual_seed(0)
+        losses = [plain.epoch([place for place in reader.order(epoch) if place < len(paths)]) for epoch in range(EPOCHS)]
+        table.rows.append((name, *losses))
     for precision in ("fp32", "bf16"):
         table.rows.append((f"pathfm, {precision}", *(loss.train for loss in _train(bags, EPOCHS, precision).curve)))
     return table

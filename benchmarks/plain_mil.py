@@ -19,10 +19,11 @@ from pathfm.mil.network import Network
 
 
 class PlainAttention(nn.Module):
-    """Projection with ReLU and dropout, gated attention, one linear head."""
+    """Projection with ReLU and dropout, gated attention, one linear head; CLAM does not standardise features, this may."""
 
     def __init__(self, dim: int, hidden: int, attention: int, classes: int, dropout: float) -> None:
         super().__init__()
+        self.standardise: tuple[Tensor, Tensor] | None = None
         self.project = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout))
         self.value = nn.Sequential(nn.Linear(hidden, attention), nn.Tanh())
         self.gate = nn.Sequential(nn.Linear(hidden, attention), nn.Sigmoid())
@@ -31,15 +32,21 @@ class PlainAttention(nn.Module):
 
     def forward(self, feature_ND: Tensor) -> Tensor:
         """Class logits [1, C]."""
+        if self.standardise is not None:
+            mean_D, scale_D = self.standardise
+            feature_ND = (feature_ND - mean_D) / scale_D
         tile_NH = self.project(feature_ND)
         attention_1N = self.score(self.value(tile_NH) * self.gate(tile_NH)).T.softmax(dim=1)
         return self.head(attention_1N @ tile_NH)
 
-    def start_from(self, network: Network) -> None:
-        """The weights of one of ours (an ``abmil``), so that both start the same."""
+    def start_from(self, network: Network, standardised: bool = False) -> None:
+        """The weights of one of ours (an ``abmil``), so that both start the same: its standardisation folded in, or made."""
         scores = network.aggregator.scores
         half = len(scores.project.weight) // 2
         weight_HD, bias_H = network.folded()
+        if standardised:
+            self.standardise = network.mean_D, network.scale_D
+            weight_HD, bias_H = network.project.weight, network.project.bias
         pairs = (
             (self.project[0], weight_HD, bias_H),
             (self.value[0], scores.project.weight[:half], scores.project.bias[:half]),

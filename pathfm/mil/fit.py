@@ -41,7 +41,7 @@ class Machine:
 
     Attributes:
         device: where networks are.
-        workers: threads that train folds, one core each; has no part in what comes out.
+        workers: threads that train folds or help those that do, one core each; has no part in what comes out.
     """
 
     device: torch.device = CPU

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pathfm.mil.bags import Bag, Bags
+from pathfm.mil.products import helpers
 from pathfm.mil.projection import Stretch
 from pathfm.stats.seeds import derive_seed
 
@@ -132,7 +133,8 @@ def run_passes(reader: Reader, viewers: Sequence[Some], workers: int, over: Call
     Args:
         reader: of the bags.
         viewers: each sees every bag that it needs once per pass, in the same order.
-        workers: threads among which viewers are dealt; has no part in what they see.
+        workers: threads among which viewers are dealt; those that none are left for help the others. It has no part in what
+            viewers see.
         over: is called in this thread with each viewer as it comes to its end.
     """
     _give_back_large_blocks()
@@ -180,7 +182,8 @@ def _give_back_large_blocks() -> None:
 def _run_pass(reader: Reader, number: int, viewers: Sequence[Viewer], pool: ThreadPoolExecutor, workers: int) -> None:
     hands = [viewers[start::workers] for start in range(min(workers, len(viewers)))]
     queues: list[Queue[Shown | None]] = [Queue(AHEAD) for _ in hands]
-    ends = [pool.submit(_watch, queue, hand) for queue, hand in zip(queues, hands, strict=True)]
+    spare = max(workers // len(hands) - 1, 0)
+    ends = [pool.submit(_watch, queue, hand, spare) for queue, hand in zip(queues, hands, strict=True)]
     wanted = [place for place in reader.order(number) if any(viewer.needs(place) for viewer in viewers)]
     try:
         for place in wanted:
@@ -195,14 +198,19 @@ def _run_pass(reader: Reader, number: int, viewers: Sequence[Viewer], pool: Thre
         end.result()
 
 
-def _watch(queue: Queue[Shown | None], viewers: Sequence[Viewer]) -> None:
+def _watch(queue: Queue[Shown | None], viewers: Sequence[Viewer], spare: int) -> None:
     arrivals = iter(queue.get, None)
     try:
-        for shown in arrivals:
-            for viewer in [viewer for viewer in viewers if viewer.needs(shown.place)]:
-                viewer.see(shown)
-        for viewer in viewers:
-            viewer.end_pass()
+        with helpers(spare):
+            _see_all(arrivals, viewers)
     finally:
         for _ in arrivals:  # the reader must not wait for a thread that has given up
             pass
+
+
+def _see_all(arrivals: Iterable[Shown], viewers: Sequence[Viewer]) -> None:
+    for shown in arrivals:
+        for viewer in [viewer for viewer in viewers if viewer.needs(shown.place)]:
+            viewer.see(shown)
+    for viewer in viewers:
+        viewer.end_pass()

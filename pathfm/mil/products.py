@@ -4,13 +4,19 @@ For a product in bfloat16 on a CPU, oneDNN builds a kernel for every number of r
 a megabyte and two milliseconds each. There, products are made in blocks of a few sizes, of which the last is filled up with
 zeros. In single precision and on other devices they are made in one piece.
 
+A thread may have helpers that make some of its blocks. Blocks are the same and are added up in the same order without them.
+
 Legend: N tiles, K length of a tile's vector, J outputs, Q queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +24,25 @@ from torch.nn import functional
 
 BLOCK_ROWS = (1024, 256, 64)
 """Rows of a block: the largest of which three quarters are there, so that blocks are few and little is filled up."""
+
+WORTH_HELP = 2**26
+"""Products of two numbers in a block (about half a millisecond) from which handing it to another thread pays."""
+_own = threading.local()
+Made = TypeVar("Made")
+
+
+@contextmanager
+def helpers(count: int) -> Iterator[None]:
+    """So many more threads, of one core each, make blocks for this one; changes no result."""
+    if not count:
+        yield
+        return
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as crew:
+        _own.crew, _own.count = crew, count
+        try:
+            yield
+        finally:
+            del _own.crew, _own.count
 
 
 class TileLinear(nn.Linear):
@@ -46,22 +71,30 @@ def weighted_sums(weight_NQ: Tensor, x_NK: Tensor) -> Tensor:
 
 def rows_product(x_NK: Tensor, weight_KJ: Tensor, bias_J: Tensor | None = None, out_NJ: Tensor | None = None) -> Tensor:
     """x weight + bias [N, J], all of one precision; not for autograd."""
-    out_NJ = x_NK.new_empty(len(x_NK), weight_KJ.shape[1]) if out_NJ is None else out_NJ
-    for start, rows in _blocks(x_NK):
-        part_NJ = out_NJ[start : start + rows]
+    made_NJ = x_NK.new_empty(len(x_NK), weight_KJ.shape[1]) if out_NJ is None else out_NJ
+
+    def make(start: int, rows: int) -> None:
+        part_NJ = made_NJ[start : start + rows]
         if len(part_NJ) == rows:
             block_product(x_NK[start : start + rows], weight_KJ, bias_J, part_NJ)
         else:
             part_NJ.copy_(block_product(_filled(x_NK[start:], rows), weight_KJ, bias_J)[: len(part_NJ)])
-    return out_NJ
+
+    for _ in _in_turn(make, _blocks(x_NK), weight_KJ.numel()):
+        pass
+    return made_NJ
 
 
 def summed_product(a_NJ: Tensor, b_NK: Tensor) -> Tensor:
     """a^T b [J, K] of two of one precision, float32; not for autograd."""
     sum_JK = torch.zeros(a_NJ.shape[1], b_NK.shape[1], device=a_NJ.device)
-    for start, rows in _blocks(a_NJ):
+
+    def make(start: int, rows: int) -> Tensor:
         a_MJ, b_MK = (_filled(value[start : start + rows], rows) for value in (a_NJ, b_NK))
-        sum_JK += block_product(a_MJ.T, b_MK)
+        return block_product(a_MJ.T, b_MK)
+
+    for part_JK in _in_turn(make, _blocks(a_NJ), sum_JK.numel()):
+        sum_JK += part_JK
     return sum_JK
 
 
@@ -87,6 +120,22 @@ def _blocks(x_NK: Tensor) -> Iterator[tuple[int, int]]:
             start += rows
     if start < count:
         yield start, BLOCK_ROWS[-1]
+
+
+def _in_turn(make: Callable[[int, int], Made], blocks: Iterable[tuple[int, int]], width: int) -> Iterator[Made]:
+    """What is made of each block, in order; helpers make those that cost more than handing them over."""
+    count, blocks = getattr(_own, "count", 0), iter(blocks)
+    is_inference = torch.is_inference_mode_enabled()
+
+    def elsewhere(start: int, rows: int) -> Made:
+        with torch.inference_mode(is_inference), torch.no_grad():  # a thread has modes of its own
+            return make(start, rows)
+
+    for start, rows in blocks:
+        more = list(islice(blocks, count)) if rows * width >= WORTH_HELP else []
+        others = [_own.crew.submit(elsewhere, *block) for block in more]
+        yield make(start, rows)
+        yield from (other.result() for other in others)
 
 
 def _filled(x_MK: Tensor, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,37 @@ def grown_mb(folder, aggregator):
 def _memory_mb():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+def test_helpers_make_the_blocks_and_change_no_bit(monkeypatch):
+    values = drawn(5000, 512), drawn(256, 512, seed=1), drawn(256, seed=2)
+    makers, made = set(), products.block_product
+
+    def watched(*arguments):
+        makers.add(threading.get_ident())
+        return made(*arguments)
+
+    def results():
+        makers.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(linear, *values)
+        with torch.inference_mode():
+            found.append(products.rows_product(values[0].bfloat16(), values[1].bfloat16().T, values[2].bfloat16()))
+        return found, len(makers)
+
+    monkeypatch.setattr(products, "block_product", watched)
+    alone, by_one = results()
+    with products.helpers(2):
+        helped, by_many = results()
+    again, by_one_again = results()
+    assert by_one == by_one_again == 1 < by_many
+    assert all(torch.equal(*pair) for found in (helped, again) for pair in zip(alone, found, strict=True))
+
+
+def test_what_fails_with_a_helper_fails_here(monkeypatch):
+    def refuse(*_):
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(products, "block_product", refuse)
+    with products.helpers(1), pytest.raises(ValueError, match="no memory"):
+        products.rows_product(drawn(4096, 512).bfloat16(), drawn(512, 256).bfloat16())
