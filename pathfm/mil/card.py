@@ -186,6 +186,8 @@ def _performance(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterat
     yield ""
     for found in metrics.get("comparisons") or []:
         yield f"- {found.get('model')} and {found.get('other')}, {found.get('metric')}: {found.get('verdict')}."
+    if len(metrics.get("comparisons") or []) > 1:
+        yield "- p values of these comparisons are corrected for their number (Holm)."
     yield "- Folds share training patients: intervals of pooled predictions do not show how much training again would change."
     yield ""
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from pathfm.mil.drift import NOT_STATED, DriftReference, Flag
 from pathfm.mil.drift_facts import BY_NAME, Watched, facts_from_record
 from pathfm.mil.trust import FAR
-from pathfm.stats.drift import Bins, excess_p, find_shift, holm, rate_p
+from pathfm.stats.comparison import holm
+from pathfm.stats.drift import Bins, excess_p, find_shift, rate_p
 from pathfm.stats.thresholds import share_limits
 
 WINDOW, LEAST_WINDOW = 50, 20
@@ -96,7 +97,7 @@ def _numbers(reference: DriftReference, rows: Sequence[Row]) -> Iterator[_Findin
         if shift is None:
             continue
         middle, usual = watched.unscaled(sorted(value)[len(value) // 2]), watched.unscaled(known.spread.centre)
-        shown, training = f"{middle:{watched.form}}", f"{usual:{watched.form}}"
+        shown, training = watched.words(middle), watched.words(usual)
         sentence = (
             f"{watched.label}: half of the last {len(value)} slides have {shown} or more, half of the training {training}"
             f" (distributions differ by {shift.difference:.0%}{_where(known.bins, value, watched)};"
@@ -110,7 +111,7 @@ def _where(bins: Bins, value_N: Sequence[float], watched: Watched) -> str:
     low, high = bins.edges[0], bins.edges[-1]
     below, above = (sum(found) / len(value_N) for found in ([v <= low for v in value_N], [v > high for v in value_N]))
     side, edge = (f"{below:.0%} below", low) if below > above else (f"{above:.0%} above", high)
-    return f", {side} {watched.unscaled(edge):{watched.form}}" if max(below, above) > 0.5 else ""
+    return f", {side} {watched.words(watched.unscaled(edge))}" if max(below, above) > 0.5 else ""
 
 
 def _scanners(reference: DriftReference, rows: Sequence[Row]) -> Iterator[_Finding]:

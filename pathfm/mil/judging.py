@@ -219,6 +219,22 @@ def compare(
     }
 
 
+def corrected(found: Sequence[Record]) -> list[Record]:
+    """Comparisons with ``p_holm``: p corrected for their number (Holm 1979). Verdicts follow it; limits stay single ones."""
+    adjusted = comparison.holm([_number(each["p"]) for each in found])
+    made = []
+    for each, p in zip(found, adjusted, strict=True):
+        value, low, high = (_number(each[name]) for name in ("difference", "low", "high"))
+        difference = Difference(value, low, high, p, each["method"])
+        words = comparison.verdict(each["model"], each["other"], difference, each["metric"] not in LOWER_IS_BETTER)
+        made.append(each | {"p_holm": _plain(p), "verdict": words})
+    return made
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def _difference(task: Task, first: Sample, second: Sample, numbers: NumberSettings, seed: int) -> Difference:
     if not first.patient_B:
         return Difference(math.nan, math.nan, math.nan, math.nan, "no bag has a target")

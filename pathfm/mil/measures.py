@@ -18,7 +18,16 @@ from pathfm.mil.tasks.classes import Binary
 from pathfm.mil.tasks.contract import Floats, Task
 from pathfm.mil.tasks.survival import Survival
 from pathfm.stats import metrics
-from pathfm.stats.intervals import Interval, Patients, auroc_interval, pairs_interval, patients_of, strata
+from pathfm.stats.intervals import (
+    LEAST_FOR_PERCENTILES,
+    Interval,
+    Patients,
+    auroc_interval,
+    pairs_interval,
+    patients_of,
+    share_interval,
+    strata,
+)
 from pathfm.stats.metrics import Statistic
 from pathfm.stats.survival import censoring_curve
 
@@ -136,10 +145,15 @@ def class_measures(task: Task, sample: Sample) -> Measures:
 
     if classes == 2:
         one = task.positive if task.positive in (0, 1) else 1
-        rest = 1 - one
         found = _ranking(probability_BC[:, one], label_B == one, sample, reason)
-        found["sensitivity"] = confusion(metrics.recall_of(one), reason if not (label_B == one).any() else "")
-        found["specificity"] = confusion(metrics.recall_of(rest), reason if not (label_B == rest).any() else "")
+        shares = {"sensitivity": one, "specificity": 1 - one}
+        for name, of in shares.items():
+            found[name] = confusion(metrics.recall_of(of), reason if not (label_B == of).any() else "")
+        if (
+            len(set(sample.patient_B)) == len(sample.patient_B)
+            and min(np.bincount(label_B, minlength=2)) < LEAST_FOR_PERCENTILES
+        ):
+            found |= {name: _with_exact_share(found[name], predicted_B[label_B == of] == of) for name, of in shares.items()}
         found["f1"] = confusion(metrics.f1_of([one]))
         sure_B, right_B = probability_BC[:, one], label_B == one
     else:
@@ -157,6 +171,11 @@ def class_measures(task: Task, sample: Sample) -> Measures:
     if task.kind == "ordinal":
         found["kappa"] = confusion(metrics.quadratic_kappa, "")
     return found
+
+
+def _with_exact_share(measure: Measure, right_B: NDArray[np.bool_]) -> Measure:
+    """The share of bags that are right, with limits that need no resampling: there are too few patients of a class for that."""
+    return replace(measure, exact=partial(share_interval, int(right_B.sum()), len(right_B)))
 
 
 def one_class_measures(task: Task, sample: Sample, number: int) -> Measures:

@@ -21,6 +21,7 @@ from pathfm.mil.judging import (
     FoldPart,
     aggregate,
     compare,
+    corrected,
     fold_table,
     judge,
     main_value,
@@ -152,13 +153,21 @@ class Results:
         about: dict[str, Any] = {"label": task.name, "kind": task.kind, "classes": list(task.classes), "positive": positive}
         about["models"] = {model.name: self._entry(model, task) for model in (self.main, *self.rivals)}
         own = Answers(self.main.name, prediction_BP)
-        about["comparisons"] = [
-            compare(
-                task, own, Answers(rival.name, self._of(rival, task)[0]), target_BT, patients, settings.numbers, settings.seed
-            )
-            for rival in self.rivals
-            if rival.name != SHUFFLED
-        ]
+        about["comparisons"] = corrected(
+            [
+                compare(
+                    task,
+                    own,
+                    Answers(rival.name, self._of(rival, task)[0]),
+                    target_BT,
+                    patients,
+                    settings.numbers,
+                    settings.seed,
+                )
+                for rival in self.rivals
+                if rival.name != SHUFFLED
+            ]
+        )
         names = [name for name, fold in zip(self.plan.splits.names, self.plan.places, strict=True) if fold.test]
         about["folds"] = {**fold_table(task, self._parts(task)), "names": names}
         about["trust"] = self.trust[task.name][1].metrics()

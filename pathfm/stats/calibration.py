@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression, minimize, minimize_scalar
 from scipy.special import expit, log_softmax, logit, softmax
 
+from pathfm.stats.metrics import finite
+
 Floats = NDArray[np.float64]
 LEAST = 1e-6
 """Probabilities nearer to 0 or 1 than this count as this: a logarithm needs an end."""
@@ -76,9 +78,9 @@ def fit_calibrator(kind: str, probability_NC: ArrayLike, label_N: ArrayLike, pos
         positive: column of the positive class, where there are two.
 
     Raises:
-        ValueError: fewer than two classes are present: nothing can be learned about probabilities.
+        ValueError: fewer than two classes are present: nothing can be learned about probabilities; or one is not finite.
     """
-    probability, label = np.asarray(probability_NC, dtype=np.float64), np.asarray(label_N, dtype=np.intp)
+    probability, label = finite(probability_NC, "probabilities"), np.asarray(label_N, dtype=np.intp)
     if len(np.unique(label)) < 2:
         raise ValueError("calibration needs samples of two classes")
     if kind == "temperature" or probability.shape[1] != 2:

@@ -1,8 +1,9 @@
 """Is one model better than another? Paired tests on the same patients, and on folds that share their training data.
 
-Sources: DeLong, DeLong and Clarke-Pearson (1988); Zou and Donner (2008); Nadeau and Bengio (2003); Phipson and Smyth (2010).
+Sources: DeLong, DeLong and Clarke-Pearson (1988); Brunner and Munzel (2000); Zou and Donner (2008); Nadeau and Bengio (2003);
+Phipson and Smyth (2010); Holm (1979).
 
-Legend: N samples, R resamples, K folds.
+Legend: N samples, R resamples, K folds, M comparisons.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathfm.stats.intervals import (
     Patients,
     auroc_interval,
     bootstrap_draws,
+    delong_freedom,
     delong_places,
     percentile_interval,
     places_variance,
 )
-from pathfm.stats.metrics import Floats, Statistic, value_of
+from pathfm.stats.metrics import Floats, Statistic, finite, value_of
 
 SIGNIFICANT = 0.05
 SHARED_FOLDS = (
@@ -60,6 +62,8 @@ class FoldTest(NamedTuple):
 def paired_delong(first_N: ArrayLike, second_N: ArrayLike, positive_N: ArrayLike) -> Difference:
     """Difference of the AUROCs of two scores of the same independent samples.
 
+    p and limits are from the normal distribution or, where a class is small, from Student's t (``delong_freedom``).
+
     Without variance (both separate the classes perfectly, a class of one) DeLong says nothing; then the limits are made from
     those of each AUROC (MOVER, Zou and Donner), as if the two were independent, and p is 1 for equal AUROCs, else NaN.
 
@@ -77,8 +81,9 @@ def paired_delong(first_N: ArrayLike, second_N: ArrayLike, positive_N: ArrayLike
         low = value - math.hypot(first.value - first.low, second.high - second.value)
         high = value + math.hypot(first.high - first.value, second.value - second.low)
         return Difference(value, max(-1.0, low), min(1.0, high), 1.0 if value == 0 else math.nan, "limits of both AUROCs")
-    reach = float(norm.ppf(0.975)) * math.sqrt(variance)
-    p = 2.0 * float(norm.sf(abs(value) / math.sqrt(variance)))
+    error, degrees = math.sqrt(variance), delong_freedom(above, below)
+    reach = float(student.ppf(0.975, degrees)) * error
+    p = 2.0 * float(student.sf(abs(value) / error, degrees))
     return Difference(value, max(-1.0, value - reach), min(1.0, value + reach), p, "DeLong, paired")
 
 
@@ -126,8 +131,32 @@ def corrected_t(value_K: Sequence[float], test_share: float, against: float = 0.
 
 
 def permutation_p(value_M: Sequence[float], observed: float) -> float:
-    """Share of shuffled runs that do at least as well, (b + 1) / (m + 1): never 0, as the observed run is one of them."""
+    """Share of shuffled runs that do at least as well, (b + 1) / (m + 1): never 0, as the observed run is one of them.
+
+    Raises:
+        ValueError: a value is not finite: nothing is at least as good as NaN, which would look like the smallest p there is.
+    """
+    finite([observed, *value_M], "values")
     return (sum(value >= observed for value in value_M) + 1) / (len(value_M) + 1)
+
+
+def holm(p_M: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979): of a family without any true difference, one falls below a level no more
+    often than that level, however they depend on each other.
+
+    NaN, a comparison without a p value, stays NaN and is counted: it was made, too.
+    """
+    known = [1.0 if math.isnan(p) else p for p in p_M]
+    adjusted, largest = [math.nan] * len(known), 0.0
+    for turn, place in enumerate(sorted(range(len(known)), key=lambda place: known[place])):
+        largest = max(largest, min(1.0, known[place] * (len(known) - turn)))
+        adjusted[place] = math.nan if math.isnan(p_M[place]) else largest
+    return adjusted
+
+
+def chance_of_a_miss(intervals: int) -> float:
+    """Chance that at least one of several 95 % intervals misses its truth, of groups that share no patient."""
+    return float(1.0 - (1.0 - SIGNIFICANT) ** intervals)
 
 
 def verdict(model: str, other: str, difference: Difference, higher_is_better: bool = True) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import betabinom
 
 from pathfm.errors import UsageError
+from pathfm.stats.metrics import finite
 
 
 class TooFewPatientsError(UsageError):
@@ -86,8 +87,9 @@ def fit_conformal(
 
     Raises:
         TooFewPatientsError: fewer than ceil(1/alpha) - 1 patients (class-wise: of some class).
+        ValueError: a probability is not finite.
     """
-    probability, label = np.asarray(probability_NC, dtype=np.float64), np.asarray(label_N, dtype=np.intp)
+    probability, label = finite(probability_NC, "probabilities"), np.asarray(label_N, dtype=np.intp)
     score, patient = 1.0 - probability[np.arange(len(label)), label], np.asarray(patient_N)
     least, quantiles, counts = least_patients(alpha), [], []
     for number, name in enumerate(classes):

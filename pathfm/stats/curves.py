@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pathfm.stats.metrics import equal_mass_bins, roc_curve
+from pathfm.stats.metrics import equal_mass_bins, finite, roc_curve
 
 THRESHOLDS = tuple(step / 100 for step in range(1, 100))
 Row = dict[str, float]
@@ -30,9 +30,9 @@ def precision_recall_points(score_N: ArrayLike, positive_N: ArrayLike) -> list[R
     """Rows ``threshold``, ``recall``, ``precision`` at every distinct score, from the highest; tied scores move together.
 
     Raises:
-        ValueError: there is no positive.
+        ValueError: there is no positive, or a score is not finite.
     """
-    score, positive = np.asarray(score_N, dtype=np.float64), np.asarray(positive_N, dtype=bool)
+    score, positive = finite(score_N, "scores"), np.asarray(positive_N, dtype=bool)
     if not positive.any():
         raise ValueError("precision and recall need positives")
     order = np.argsort(-score, kind="stable")
@@ -70,8 +70,11 @@ def decision_curve(probability_N: ArrayLike, positive_N: ArrayLike, thresholds: 
 
     True positives minus false positives that weigh threshold / (1 - threshold), per sample: a threshold says how many needless
     actions one needful action is worth. Rows ``threshold``, ``model``, ``all``, ``none``; none without samples.
+
+    Raises:
+        ValueError: a probability is not finite.
     """
-    probability, positive = np.asarray(probability_N, dtype=np.float64), np.asarray(positive_N, dtype=bool)
+    probability, positive = finite(probability_N, "probabilities"), np.asarray(positive_N, dtype=bool)
     if not len(positive):
         return []
     share = float(positive.mean())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -179,15 +179,6 @@ def rate_p(hits: int, count: int, known_hits: int, known_count: int) -> float:
     if not count or not known_count:
         return 1.0
     return float(fisher_exact([[hits, count - hits], [known_hits, known_count - known_hits]])[1])
-
-
-def holm(p_M: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm (1979): none below a level is a false alarm more often than that level."""
-    adjusted, largest = [1.0] * len(p_M), 0.0
-    for turn, place in enumerate(sorted(range(len(p_M)), key=lambda place: p_M[place])):
-        largest = max(largest, min(1.0, p_M[place] * (len(p_M) - turn)))
-        adjusted[place] = largest
-    return adjusted
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,9 +20,15 @@ from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
 from pathfm.stats.metrics import Floats, Statistic, auroc
+from pathfm.stats.thresholds import share_limits
 
 MOST_UNDEFINED = 0.05
 """Share of resamples in which a metric may be undefined (a class was not drawn) before its interval is withheld."""
+LEAST_FOR_PERCENTILES = 5
+"""Groups of the smallest stratum that percentiles need: the extremes of resampled fewer ones hold the truth too rarely (of two:
+in half of the cohorts)."""
+FEW = 10
+"""Samples of the smaller class below which DeLong's normal distribution is too sure, and Student's t stands in for it."""
 NO_SPREAD = "resamples do not differ"
 """Method of an interval without limits: the metric of every resample is that of the sample, as of a perfect model."""
 BLOCK = 2**21
@@ -131,8 +137,23 @@ def delong_variance(score_N: ArrayLike, positive_N: ArrayLike) -> float:
     return places_variance(*delong_places(score_N, positive_N))
 
 
+def places_freedom(place_above: Floats, place_below: Floats) -> float:
+    """Degrees of freedom of ``places_variance`` (Satterthwaite; for this statistic Brunner and Munzel 2000): a variance that
+    rests on the places of a few positives is itself not well known. The variance must be above 0."""
+    parts = [(float(np.var(place, ddof=1)) / len(place), len(place) - 1) for place in (place_above, place_below)]
+    return sum(part for part, _ in parts) ** 2 / sum(part**2 / degrees for part, degrees in parts)
+
+
+def delong_freedom(place_above: Floats, place_below: Floats) -> float:
+    """Degrees of freedom of DeLong's statistic: endless as published; ``places_freedom`` if a class has fewer than ``FEW``."""
+    return math.inf if min(len(place_above), len(place_below)) >= FEW else places_freedom(place_above, place_below)
+
+
 def auroc_interval(score_N: ArrayLike, positive_N: ArrayLike, confidence: float = 0.95) -> Interval:
     """AUROC of independent samples with the DeLong interval on the logit scale, which stays inside (0, 1).
+
+    Where a class is small, Student's t stands in for the normal distribution (``delong_freedom``): with it 5 positives and 100
+    negatives of AUROC 0.8 hold the truth in 93 % of cohorts, without in 88 %.
 
     Where DeLong says nothing, something wider is said instead of nothing:
 
@@ -150,10 +171,14 @@ def auroc_interval(score_N: ArrayLike, positive_N: ArrayLike, confidence: float 
     tail = (1.0 - confidence) / 2
     if value in (0.0, 1.0):
         return pairs_interval(value, smaller, confidence)
-    variance, method = delong_variance(score_N, positive_N), "DeLong, logit"
-    if not variance > 0.0:
+    places = delong_places(score_N, positive_N)
+    variance, method = places_variance(*places), "DeLong, logit"
+    if variance > 0.0:
+        reach = float(student.ppf(1.0 - tail, delong_freedom(*places)))
+    else:
         variance, method = value * (1.0 - value) / smaller, "largest variance, logit"
-    low, high = _on_logit(value, float(norm.ppf(1.0 - tail)) * math.sqrt(variance))
+        reach = float(norm.ppf(1.0 - tail))
+    low, high = _on_logit(value, reach * math.sqrt(variance))
     return Interval(value, low, high, method)
 
 
@@ -162,6 +187,17 @@ def pairs_interval(value: float, pairs: int, confidence: float = 0.95) -> Interv
     limit = ((1.0 - confidence) / 2) ** (1.0 / pairs)
     low, high = (limit, 1.0) if value == 1.0 else (0.0, 1.0 - limit)
     return Interval(value, low, high, "exact, disjoint pairs")
+
+
+def share_interval(hits: int, count: int) -> Interval:
+    """Exact limits of a share of independent samples (sensitivity, specificity), which hold for any number of them.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    if not count:
+        raise ValueError("a share needs samples")
+    return Interval(hits / count, *share_limits(hits, count), "Clopper-Pearson")
 
 
 def bootstrap_draws(statistics: Mapping[str, Statistic], patients: Patients, resamples: int, seed: int) -> dict[str, Floats]:
@@ -176,9 +212,12 @@ def bootstrap_draws(statistics: Mapping[str, Statistic], patients: Patients, res
 def percentile_interval(value: float, draw_R: Floats, smallest: int) -> Interval:
     """Percentile interval, expanded for small samples as Student's t is against the normal (Hesterberg 2015).
 
-    ``smallest``: groups of the smallest stratum. Limits are NaN when resamples are undefined or do not differ.
+    ``smallest``: groups of the smallest stratum. Limits are NaN when resamples are undefined or do not differ, or when there
+    are fewer groups than ``LEAST_FOR_PERCENTILES``.
     """
     draws, method = _usable(draw_R, smallest)
+    if draws is not None and smallest < LEAST_FOR_PERCENTILES:
+        draws, method = None, f"{smallest} patients of a kind to draw from, {LEAST_FOR_PERCENTILES} needed"
     if draws is None:
         return Interval(value, math.nan, math.nan, method)
     tail = float(norm.cdf(-expansion(smallest)))
@@ -231,6 +270,8 @@ def bootstrap_interval(
         stratum_N: the stratum of each sample's patient, such that every resample keeps the class sizes (in patients).
         resamples: number of resamples.
         seed: any non-negative integer.
+
+    Limits are NaN where ``percentile_interval`` has none.
     """
     patients, everything = patients_of(group_N, stratum_N), np.arange(len(group_N), dtype=np.intp)
     draws = [
@@ -238,9 +279,7 @@ def bootstrap_interval(
         for weight_RN in patients.weights(resamples, seed)
         for weight_N in weight_RN
     ]
-    value = statistic(everything)
-    interval = percentile_interval(value, np.asarray(draws), patients.smallest)
-    return interval if interval.known else Interval(value, min(draws), max(draws), "bootstrap over patients")
+    return percentile_interval(statistic(everything), np.asarray(draws), patients.smallest)
 
 
 def _usable(draw_R: Floats, smallest: int) -> tuple[Floats | None, str]:

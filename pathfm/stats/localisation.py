@@ -109,9 +109,9 @@ def pointing_game(score_N: NDArray[np.float64], lesion_N: NDArray[np.bool_]) -> 
 def mean_over_slides(value_S: NDArray[np.float64], patient_S: Sequence[str], resamples: int, seed: int) -> Localisation:
     """Mean of a number in 0..1 over slides, with the bootstrap interval over patients.
 
-    A single patient tells nothing of others: the limits are 0 and 1. When every value is 1, so is that of every resample;
-    with a mean m in truth, P patients all have 1 with probability at most m**P, and the lower limit is the m that makes this
-    2.5 %. All 0: its mirror image.
+    A single patient tells nothing of others: the limits are 0 and 1. Nor does resampling fewer than five, or equal values. Then
+    the limits are exact: if a share of all patients lies at or above the lowest value, P of them all do with probability
+    share**P. So the share is at least .025**(1/P), and the others do not lie below 0; from above alike.
 
     Raises:
         ValueError: there are no slides.
@@ -121,13 +121,13 @@ def mean_over_slides(value_S: NDArray[np.float64], patient_S: Sequence[str], res
         raise ValueError("a mean over slides needs slides")
     if count == 1:
         return Localisation(value, 0.0, 1.0, len(value_S), 1, "one patient, no interval")
-    if value in (0.0, 1.0):
-        limit = 0.025 ** (1 / count)
-        low, high = (limit, 1.0) if value == 1.0 else (0.0, 1.0 - limit)
-        return Localisation(value, low, high, len(value_S), count, "exact")
 
     def mean(index: NDArray[np.intp]) -> float:
         return float(value_S[index].mean())
 
     interval = bootstrap_interval(mean, patient_S, ["all"] * len(value_S), resamples, seed)
+    if not interval.known:
+        share = 0.025 ** (1 / count)
+        low, high = share * float(value_S.min()), 1.0 - share * (1.0 - float(value_S.max()))
+        return Localisation(value, low, high, len(value_S), count, "exact")
     return Localisation(interval.value, interval.low, interval.high, len(value_S), count, interval.method)

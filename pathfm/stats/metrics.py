@@ -121,7 +121,7 @@ def filled_bins(value_N: ArrayLike) -> int:
 def too_few_bins(confidence_N: ArrayLike) -> str:
     """Why a calibration error would say next to nothing, empty where it says something: in a single bin it compares two
     means, which every calibrator makes equal."""
-    count = filled_bins(confidence_N)
+    count = filled_bins(confidence_N) if len(np.asarray(confidence_N)) >= LEAST_IN_BIN else 0
     what = f"{count} bin{'s' * (count != 1)} of {LEAST_IN_BIN} or more with different probabilities, {LEAST_BINS} needed"
     return what if count < LEAST_BINS else ""
 
@@ -323,6 +323,18 @@ def _spread(second: Floats, first: Floats, total: Floats) -> Floats:
 def _ratio(above: Floats, below: Floats) -> Floats:
     quotient: Floats = np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
     return quotient
+
+
+def finite(value_N: ArrayLike, what: str) -> Floats:
+    """The values as float64.
+
+    Raises:
+        ValueError: one is NaN or infinite: sorted among the others it would count as something.
+    """
+    value = np.asarray(value_N, dtype=np.float64)
+    if not np.isfinite(value).all():
+        raise ValueError(f"{what} must be finite")
+    return value
 
 
 def _checked(score_N: ArrayLike, positive_N: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pathfm.stats.folds import stratified_group_folds
-from pathfm.stats.intervals import Interval, bootstrap_interval, strata
+from pathfm.stats.intervals import Interval, bootstrap_interval, patients_of, strata
 from pathfm.stats.metrics import auroc, balanced_accuracy, macro_auroc
 
 Array = NDArray[np.float64]
@@ -168,7 +168,10 @@ def paired_difference(
 ) -> Interval:
     """Metric of the first scores minus that of the second, with the 95 % bootstrap interval over groups (patients).
 
-    Both are scored on the same samples in every resample, so that what is hard for both cancels.
+    Both are scored on the same samples in every resample, so that what is hard for both cancels. Where resamples tell nothing
+    (few groups of a class, all of them alike) the limits leave room for groups that were not seen: were fewer than .025**(1/G)
+    of all like these G, so many in a row would be rare, and of the others the difference can be anything from -1 to 1.
+    Equal scores do not differ.
     """
     first, second = (np.asarray(each, dtype=np.float64) for each in scores)
     label = np.asarray(label_N)
@@ -176,7 +179,14 @@ def paired_difference(
     def difference(index: NDArray[np.intp]) -> float:
         return score_metric(metric, first[index], label[index]) - score_metric(metric, second[index], label[index])
 
-    return bootstrap_interval(difference, group_N, strata(label.tolist(), group_N), resamples, seed)
+    if np.array_equal(first, second):
+        return Interval(0.0, 0.0, 0.0, "the same scores")
+    kinds = strata(label.tolist(), group_N)
+    found = bootstrap_interval(difference, group_N, kinds, resamples, seed)
+    if found.known:
+        return found
+    share = 0.025 ** (1 / patients_of(group_N, kinds).smallest)
+    return found._replace(low=share * found.value - (1 - share), high=share * found.value + (1 - share))
 
 
 def rankme(features_ND: ArrayLike) -> float:

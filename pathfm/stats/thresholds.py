@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta
 
+from pathfm.stats.metrics import finite
+
 
 class Threshold(NamedTuple):
     """A score of at least ``value`` is positive; ``note`` says what is wrong with it, if anything."""
@@ -33,9 +35,9 @@ def choose_threshold(rule: str, score_N: ArrayLike, positive_N: ArrayLike) -> Th
         positive_N: who is positive.
 
     Raises:
-        ValueError: only one class is present, or the rule is unknown.
+        ValueError: only one class is present, a score is not finite, or the rule is unknown.
     """
-    score, positive = np.asarray(score_N, dtype=np.float64), np.asarray(positive_N, dtype=bool)
+    score, positive = finite(score_N, "scores"), np.asarray(positive_N, dtype=bool)
     if positive.all() or not positive.any():
         raise ValueError("an operating point needs samples of both classes")
     candidate = _candidates(score)

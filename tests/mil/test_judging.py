@@ -11,7 +11,17 @@ from sklearn import metrics as reference
 
 from pathfm.errors import UsageError
 from pathfm.mil import judging
-from pathfm.mil.judging import Answers, FoldPart, aggregate, compare, fold_table, judge, permutation_record, subgroup_table
+from pathfm.mil.judging import (
+    Answers,
+    FoldPart,
+    aggregate,
+    compare,
+    corrected,
+    fold_table,
+    judge,
+    permutation_record,
+    subgroup_table,
+)
 from pathfm.mil.measures import MAIN
 from pathfm.mil.tasks.classes import Binary, Multiclass, Multilabel, Ordinal
 from pathfm.mil.tasks.regression import Regression
@@ -411,3 +421,36 @@ def test_the_main_value_is_the_judged_one():
         value = judging.main_value(task, prediction, target, patients)
         assert value == judge(task, prediction, target, patients, NUMBERS, 0)[MAIN[task.kind]]["value"]
     assert judging.main_value(BINARY, np.zeros((0, 2)), np.zeros((0, 1)), []) is None
+
+
+def test_verdicts_follow_p_values_that_know_how_many_comparisons_there_are():
+    rng = np.random.default_rng(4)
+    positive = np.arange(60) % 2 == 0
+    patients = [f"p{place}" for place in range(60)]
+
+    def answers(name, signal):
+        chance = 1 / (1 + np.exp(-(rng.normal(size=60) + signal * positive)))
+        return Answers(name, np.stack([1 - chance, chance], axis=1))
+
+    target_BT, model = positive[:, None].astype(float), answers("model", 1.1)
+    others = [answers("weak", 0.2), answers("weaker", 0.1), answers("none", 0.0)]
+    alone = [compare(BINARY, model, other, target_BT, patients, NUMBERS, 0) for other in others]
+    together = corrected(alone)
+    by_p = sorted(range(3), key=lambda place: alone[place]["p"])
+    assert together[by_p[0]]["p_holm"] == pytest.approx(3 * alone[by_p[0]]["p"])
+    pairs = list(zip(alone, together, strict=True))
+    assert any("better" in one["verdict"] and "not significantly" in both["verdict"] for one, both in pairs)
+    assert all(each["p"] == one["p"] and each["p_holm"] >= each["p"] for one, each in pairs)
+    unknown = corrected([alone[0] | {"p": None, "low": None, "high": None}])[0]
+    assert unknown["p_holm"] is None and corrected(alone[:1])[0]["verdict"] == alone[0]["verdict"]
+
+
+def test_shares_of_few_patients_have_exact_limits():
+    positive = np.arange(30) < 3
+    chance = np.where(positive, 0.7, np.linspace(0.1, 0.8, 30))
+    found = judge(
+        BINARY, np.stack([1 - chance, chance], axis=1), positive[:, None].astype(float), list(map(str, range(30))), NUMBERS, 0
+    )
+    assert found["sensitivity"]["value"] == 1 and found["sensitivity"]["low"] == pytest.approx(0.025 ** (1 / 3))
+    assert found["specificity"]["low"] < found["specificity"]["value"] < found["specificity"]["high"]
+    assert found["f1"]["low"] is None and any("f1" in note for note in found["notes"])

@@ -151,3 +151,9 @@ def test_a_record_gives_the_same_calibrator_back(kind):
 def test_unknown_calibrators_are_named():
     with pytest.raises(ValueError, match="there are temperature, platt, isotonic"):
         fit_calibrator("beta", *over_confident(30, 0))
+
+
+@pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
+def test_a_probability_that_is_not_a_number_is_an_error(kind):
+    with pytest.raises(ValueError, match="finite"):
+        fit_calibrator(kind, [[0.1, 0.9], [np.nan, np.nan], [0.3, 0.7]], [0, 1, 1])

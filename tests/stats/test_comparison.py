@@ -5,18 +5,21 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
 from pathfm.stats.comparison import (
     Difference,
+    chance_of_a_miss,
     corrected_t,
+    holm,
     p_text,
     paired_bootstrap,
     paired_delong,
     permutation_p,
     verdict,
 )
-from pathfm.stats.intervals import patients_of
+from pathfm.stats.intervals import delong_freedom, delong_places, patients_of
 from pathfm.stats.metrics import auroc, weighted_auroc, weighted_confusion, weighted_mean
 
 # Albumin, total protein, K-G score and outcome of the 43 patients with ovarian cancer of DeLong et al. (1988) for whom all are
@@ -40,6 +43,10 @@ def test_paired_delong_equals_the_published_example():
     assert [round(each, 4) for each in second[:4]] == [-0.0780, -0.2830, 0.1271, 0.4561]
 
 
+def apart(first, second, positive):
+    return [one - other for one, other in zip(*(delong_places(each, positive) for each in (first, second)), strict=True)]
+
+
 def slow_paired_delong(first, second, positive):
     def wins(score):
         above, below = score[positive], score[~positive]
@@ -58,7 +65,9 @@ def test_paired_delong_equals_the_plain_quadratic_one(size):
     value, variance = slow_paired_delong(first, second, positive)
     found = paired_delong(first, second, positive)
     assert found.value == pytest.approx(value)
-    assert (found.high - found.low) / 2 == pytest.approx(1.959964 * math.sqrt(variance), rel=1e-6)
+    reach = student.ppf(0.975, delong_freedom(*apart(first, second, positive)))
+    assert (reach > 2) == (size == 8)
+    assert (found.high - found.low) / 2 == pytest.approx(reach * math.sqrt(variance))
     assert found.significant == (not found.low <= 0 <= found.high)
 
 
@@ -146,6 +155,35 @@ def test_too_few_or_equal_folds_give_no_limits():
     assert math.isnan(corrected_t([0.7, 0.7, 0.7], 0.25, 0.5).p)
 
 
+def test_a_few_positives_do_not_make_equal_models_different():
+    """The normal distribution calls them so in 8 % of cohorts with 5 positives of 105."""
+    rng = np.random.default_rng(6)
+    positive, alarms = np.arange(105) < 5, 0
+    for _ in range(500):
+        shared = rng.normal(size=105) + 1.7 * positive
+        alarms += paired_delong(shared + rng.normal(size=105), shared + rng.normal(size=105), positive).significant
+    assert alarms / 500 <= 0.055
+
+
+def test_p_values_are_corrected_for_their_number():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.03]) == [0.03] and holm([]) == []
+    assert holm([0.02, 0.02, 0.9]) == pytest.approx([0.06, 0.06, 0.9])
+    counted = holm([0.02, math.nan, 0.04])  # a comparison without p was made all the same
+    assert counted[0] == pytest.approx(0.06) and math.isnan(counted[1]) and counted[2] == pytest.approx(0.08)
+
+
+def test_several_intervals_miss_more_often_than_one():
+    assert chance_of_a_miss(0) == 0 and chance_of_a_miss(1) == pytest.approx(0.05)
+    assert chance_of_a_miss(10) == pytest.approx(0.4013, abs=1e-4)
+
+
+def test_what_is_not_a_number_has_no_permutation_p():
+    for values, observed in (([0.5, 0.6], math.nan), ([0.5, math.nan], 0.55)):
+        with pytest.raises(ValueError, match="finite"):
+            permutation_p(values, observed)
+
+
 def test_the_permutation_p_is_never_0():
     assert permutation_p([0.4, 0.5, 0.6], 0.9) == 1 / 4
     assert permutation_p([0.4, 0.5, 0.6], 0.5) == 3 / 4
@@ -173,7 +211,7 @@ def test_equally_good_models_are_rarely_called_different():
 
 
 def test_differences_can_be_written_as_json():
-    found = paired_bootstrap(weighted_mean([1.0, 2.0, 4.0]), weighted_mean([1.0, 1.0, 1.0]), everyone(3), 50, 0)
+    found = paired_bootstrap(weighted_mean([1.0, 2.0, 4.0, 5.0, 7.0]), weighted_mean(np.ones(5)), everyone(5), 50, 0)
     assert json.loads(json.dumps(found._asdict()))["method"] == "bootstrap over patients, paired"
     weights = np.ones((1, 2))
     assert weighted_confusion([0, 1], [0, 1], 2, lambda matrix: matrix.sum(axis=(1, 2)))(weights) == 2

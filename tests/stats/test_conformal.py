@@ -119,6 +119,11 @@ def test_limits_are_what_simulated_ranks_do():
     assert (coverage > high).mean() <= 0.027
 
 
+def test_a_probability_that_is_not_a_number_is_an_error():
+    with pytest.raises(ValueError, match="finite"):
+        fit_conformal(np.full((30, 2), np.nan), np.zeros(30, int), names(30), CLASSES, 0.1)
+
+
 def test_a_record_gives_the_same_back():
     made = fit_conformal(*cohort(np.random.default_rng(0), 50), names(50), CLASSES, 0.1, class_wise=True)
     assert conformal_from_record(json.loads(json.dumps(made.record(), sort_keys=True))) == made

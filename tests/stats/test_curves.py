@@ -87,3 +87,6 @@ def test_curves_can_be_written_as_json():
     assert decision_curve([], []) == reliability_bins([], []) == []
     with pytest.raises(ValueError, match="positives"):
         precision_recall_points([0.1], [False])
+    for curve in (roc_points, precision_recall_points, decision_curve):
+        with pytest.raises(ValueError, match="finite"):
+            curve([0.1, np.nan], [False, True])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ks_2samp, norm
 
+from pathfm.stats.comparison import holm
 from pathfm.stats.drift import (
     LEAST_IN_BIN,
     MOST_BINS,
@@ -16,7 +17,6 @@ from pathfm.stats.drift import (
     fit_features,
     fit_limit,
     fit_spread,
-    holm,
     rate_p,
     stability_index,
 )
@@ -122,7 +122,6 @@ def test_more_flags_than_the_limit_allows_are_noticed_and_chance_rarely_is():
 
 def test_rates_and_corrections():
     assert rate_p(5, 50, 10, 100) == pytest.approx(1.0) and rate_p(25, 50, 10, 100) < 1e-5 and rate_p(0, 0, 3, 9) == 1.0
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
     rng = np.random.default_rng(6)
     hits = sum(min(holm(rng.random(12).tolist())) < 0.05 for _ in range(2000))
     assert is_at_most(hits, 2000, 0.05) and hits > 60

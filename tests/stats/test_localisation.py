@@ -84,6 +84,19 @@ def test_perfect_scores_have_a_lower_limit():
     assert mean_over_slides(np.ones(3), ["a", "a", "a"], 50, 0)[1:3] == (0.0, 1.0)
 
 
+def test_equal_values_and_few_patients_are_not_certain():
+    """All resamples of equal values are equal, which says nothing of further patients."""
+    share = 0.025 ** (1 / 6)
+    found = mean_over_slides(np.full(6, 0.75), list("abcdef"), 50, 0)
+    assert found[:3] == pytest.approx((0.75, 0.75 * share, 1 - 0.25 * share)) and found.method == "exact"
+    two = mean_over_slides(np.array([0.7, 0.9]), ["a", "b"], 50, 0)
+    assert two.low == pytest.approx(0.7 * 0.025**0.5) and two.high == pytest.approx(1 - 0.1 * 0.025**0.5)
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(300):
+        held += (found := mean_over_slides(rng.beta(4, 1, 3), ["a", "b", "c"], 20, 0)).low <= 0.8 <= found.high
+    assert held / 300 >= 0.95
+
+
 def test_interval_covers_the_mean_of_all_patients():
     rng = np.random.default_rng(0)
     covered = 0

@@ -182,3 +182,10 @@ def test_equal_values_share_a_bin_and_small_samples_have_few_bins():
     assert len(set(metrics.equal_mass_bins(np.arange(24)))) == 2
     assert len(set(metrics.equal_mass_bins(np.arange(1000)))) == 10
     assert np.bincount(metrics.equal_mass_bins(np.arange(100), 5)).tolist() == [20] * 5
+
+
+def test_too_few_for_a_calibration_error_are_counted_in_bins():
+    assert metrics.too_few_bins(np.arange(9) / 9).startswith("0 bins of 10 or more")
+    assert metrics.too_few_bins(np.arange(19) / 19).startswith("1 bin of 10 or more")
+    assert metrics.too_few_bins(np.full(500, 0.3)).startswith("1 bin of 10 or more")  # one probability for everyone
+    assert metrics.too_few_bins(np.arange(30) / 30) == ""

@@ -178,3 +178,11 @@ def test_cka_does_not_see_turns_and_scales_but_sees_differences():
     expected = (gram * other).sum() / np.sqrt((gram**2).sum() * (other**2).sum())  # the definition by kernels
     assert probes.linear_cka(features, features[:, :2]) == pytest.approx(expected)
     assert probes.linear_cka(features, np.ones((200, 3))) == 0
+
+
+def test_a_difference_that_resamples_cannot_tell_leaves_room_for_groups_not_seen():
+    scores = tuple(np.stack([-each, each], axis=1) for each in (np.arange(6.0), np.array([0.0, 5, 1, 3, 2, 4])))
+    found = probes.paired_difference("auroc", scores, [0, 0, 0, 1, 1, 1], list("abcdef"), 20)
+    share = 0.025 ** (1 / 3)
+    assert (found.low, found.high) == pytest.approx((share * found.value - 1 + share, share * found.value + 1 - share))
+    assert found.method == "3 patients of a kind to draw from, 5 needed"

@@ -71,6 +71,11 @@ def test_one_class_and_unknown_rules_are_errors():
         choose_threshold("f1", [0.1, 0.2], [True, False])
 
 
+def test_a_score_that_is_not_a_number_is_an_error_and_not_the_highest():
+    with pytest.raises(ValueError, match="scores must be finite"):
+        choose_threshold("sensitivity=0.9", [0.1, 0.2, np.nan, 0.4], [False, False, True, True])
+
+
 @pytest.mark.parametrize(("hits", "count"), [(0, 7), (7, 7), (3, 7), (1, 1), (50, 155)])
 def test_limits_equal_scipys_exact_ones(hits, count):
     reference = binomtest(hits, count).proportion_ci(method="exact")
