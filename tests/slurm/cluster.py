@@ -1,6 +1,7 @@
 """A real SLURM cluster of one node on this machine, for tests and for trying batch scripts; no systemd, nothing shared.
 
-Everything it has (settings, keys, sockets, spool) lies in one folder, so several may run side by side:
+Everything it has (settings, keys, sockets, spool) lies in one folder, so several may run side by side. In Python, what
+``with Cluster(folder):`` starts ends with the block, even if the process that runs it is killed. By hand, it stays:
 
     python -m tests.slurm.cluster start FOLDER     # installs slurm-wlm and munge where they are absent (Debian, root)
     export SLURM_CONF=FOLDER/slurm.conf PATH=FOLDER/bin:$PATH     # sbatch, squeue, srun, scontrol mean this cluster
@@ -9,8 +10,8 @@ Everything it has (settings, keys, sockets, spool) lies in one folder, so severa
 
 from __future__ import annotations
 
-import getpass
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -20,15 +21,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "srun")
-PATIENCE_S = 30.0
+from tests.slurm.debian import NoClusterError, install
+
+PATIENCE_S = 60.0
 """Daemons that take longer to start or to end hang."""
 NODE = "node1"
 SAVED_S = 6.0
 """Until slurmctld has written down what it did; one that is killed sooner forgets jobs, or starts them twice [s]."""
-CPUS, GPUS, MEMORY_MB = 2, 1, 64_000
+CPUS, GPUS, MEMORY_MB = 2, ("/dev/null", "/dev/zero"), 64_000
 """What the node claims. Nothing is enforced, so scripts that ask for a GPU or much memory can be tried anywhere."""
 
 SETTINGS = """\
@@ -67,44 +70,8 @@ PartitionName=main Nodes={node} Default=YES MaxTime=INFINITE State=UP
 """
 
 
-class NoClusterError(Exception):
-    """SLURM cannot be had here; the message says why."""
-
-
-def install() -> None:
-    """Installs SLURM and munge from Debian's archive unless they are here; none of their services is started.
-
-    Raises:
-        NoClusterError: it takes root, apt-get and an archive that can be reached.
-    """
-    if all(map(shutil.which, PROGRAMS)):
-        return
-    if os.geteuid() != 0:
-        raise NoClusterError("SLURM is not installed, and only root can install it")
-    if not shutil.which("apt-get"):
-        raise NoClusterError("SLURM is not installed, and there is no apt-get to install it")
-    policy = Path("/usr/sbin/policy-rc.d")
-    own_policy = not policy.exists()
-    if own_policy:  # Debian asks this file whether a new service may start
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    try:
-        for command in ("update", "install --yes --no-install-recommends slurm-wlm munge"):
-            done = subprocess.run(
-                ["apt-get", "--quiet", *command.split()],
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                raise NoClusterError(f"apt-get {command.split()[0]} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
-    finally:
-        if own_policy:
-            policy.unlink()
-
-
 class Cluster:
-    """The cluster in a folder; ``with Cluster(folder):`` starts and stops it. Also tells of one that another process started.
+    """The cluster in a folder; ``with Cluster(folder):`` starts and ends it. Also tells of one that another process started.
 
     Attributes:
         folder: all that it has; a new one is made.
@@ -116,6 +83,7 @@ class Cluster:
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Starts what does not run: all, or the daemons that were killed. Returns when the node takes jobs.
@@ -138,8 +106,8 @@ class Cluster:
     def stop(self) -> None:
         """Ends all jobs and daemons; nothing of the cluster is left running."""
         if self._pid("slurmctld") and self._pid("slurmd"):
-            self._ask("scancel", "--user", getpass.getuser())
-            self._ask("scancel", "--user", getpass.getuser(), "--signal=KILL", "--full")
+            self._ask("scancel", "--user", str(os.geteuid()))
+            self._ask("scancel", "--user", str(os.geteuid()), "--signal=KILL", "--full")
             with suppress(NoClusterError):
                 self._wait(lambda: not self._ask("squeue", "--noheader").strip() and not list(self._jobs()), "a job's end")
         self.kill_jobs()
@@ -155,6 +123,13 @@ class Cluster:
         if name in self._children:
             self._children.pop(name).wait()
         (self.folder / f"{name}.pid").unlink()
+
+    def kill_all(self) -> None:
+        """Kills all that jobs and daemons run at once, and every process that uses this cluster."""
+        while found := [pid for pid in {*self._users(), *self.left()} if pid != os.getpid()]:
+            for pid in found:
+                _signal(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
     def kill_jobs(self) -> int:
         """Kills all that jobs run, as when a node goes down; how many processes that were."""
@@ -190,7 +165,7 @@ class Cluster:
         lines = self._ask("squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={job}").splitlines()
         return dict(line.split() for line in lines)
 
-    def wait(self, job: str, patience_s: float = 120.0) -> dict[str, str]:
+    def wait(self, job: str, patience_s: float = 300.0) -> dict[str, str]:
         """Waits until a job, or all tasks of an array, have ended: their states."""
         unfinished = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
         self._wait(
@@ -198,12 +173,18 @@ class Cluster:
         )
         return self.jobs(job)
 
+    def wait_until_saved(self) -> None:
+        """Waits until slurmctld has written down that the jobs that run have been started."""
+        starts = self._ask("squeue", "--noheader", "--states=running", "--format=%S").split()
+        last = max(datetime.fromisoformat(start).timestamp() for start in starts)
+        time.sleep(max(0.0, last + SAVED_S - time.time()))
+
     def _write_settings(self) -> None:
         if (self.folder / "slurm.conf").exists():
             return
         (self.folder / "munge.key").write_bytes(secrets.token_bytes(128))
         (self.folder / "munge.key").chmod(0o600)
-        (self.folder / "gres.conf").write_text(f"NodeName={NODE} Name=gpu File=/dev/null\n")
+        (self.folder / "gres.conf").write_text("".join(f"NodeName={NODE} Name=gpu File={file}\n" for file in GPUS))
         # Snakemake's SLURM executor calls srun without SLURM_CONF, which only finds settings in /etc.
         srun = self.folder / "bin" / "srun"
         srun.write_text(
@@ -218,10 +199,10 @@ class Cluster:
                 folder=self.folder,
                 host=socket.gethostname().partition(".")[0],
                 ports=_free_ports(2),
-                user=getpass.getuser(),
+                user=os.geteuid(),
                 node=NODE,
                 cpus=CPUS,
-                gpus=GPUS,
+                gpus=len(GPUS),
                 memory_mb=MEMORY_MB,
             )
         )
@@ -252,12 +233,14 @@ class Cluster:
 
     def _jobs(self) -> Iterator[int]:
         """Steps of jobs, and processes that jobs have started."""
+        started = (pid for pid in self._users() if re.search(rb"(^|\0)SLURM_JOB_ID=", _read(pid, "environ")))
+        steps = (pid for pid in _processes() if _read(pid, "cmdline").startswith(b"slurmstepd") and _place(pid) == self.folder)
+        yield from {*started, *steps}
+
+    def _users(self) -> Iterator[int]:
+        """Processes whose environment names this cluster: its daemons, its jobs, and who submits or watches jobs."""
         settings = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
-        for pid in [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]:
-            variables = _read(pid, "environ").split(b"\0")
-            is_started = settings in variables and any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
-            if is_started or (_read(pid, "cmdline").startswith(b"slurmstepd") and _place(pid) == self.folder):
-                yield pid
+        return (pid for pid in _processes() if settings in _read(pid, "environ").split(b"\0"))
 
     def _ask(self, *arguments: str) -> str:
         return subprocess.run(arguments, env=self.environment, capture_output=True, text=True).stdout
@@ -274,15 +257,24 @@ class Cluster:
         return " | ".join(log.read_text().strip().rpartition("\n")[2] for log in logs if log.exists())
 
     def __enter__(self) -> Cluster:
+        # Waits in its own session for the end of its standard input, which comes even if this process is killed.
+        command = [sys.executable, "-m", "tests.slurm.cluster", "guard", str(self.folder)]
+        self._guard = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[2], start_new_session=True
+        )
         try:
             self.start()
-        except NoClusterError:
-            self.stop()
+        except BaseException:
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        if self._guard and self._guard.stdin:
+            self._guard.stdin.close()
+            self._guard.wait()
+        for child in self._children.values():
+            child.wait()
 
 
 def _free_ports(count: int) -> list[int]:
@@ -293,6 +285,10 @@ def _free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+def _processes() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
 
 
 def _read(pid: int, file: str) -> bytes:
@@ -315,10 +311,14 @@ def _signal(pid: int, number: int) -> None:
 
 
 def main(arguments: list[str]) -> str:
-    """``start FOLDER`` or ``stop FOLDER``: what to tell the user."""
-    if len(arguments) != 2 or arguments[0] not in {"start", "stop"}:
+    """``start FOLDER`` or ``stop FOLDER``: what to tell the user. ``guard FOLDER`` ends a cluster when standard input ends."""
+    if len(arguments) != 2 or arguments[0] not in {"start", "stop", "guard"}:
         return __doc__ or ""
     cluster = Cluster(Path(arguments[1]))
+    if arguments[0] == "guard":
+        sys.stdin.read()
+        cluster.kill_all()
+        return ""
     if arguments[0] == "start":
         cluster.start()
         return f"export SLURM_CONF={cluster.folder / 'slurm.conf'} PATH={cluster.folder / 'bin'}:$PATH"

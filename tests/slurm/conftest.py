@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,20 @@ from pathfm.geometry import Size
 from pathfm.slides.synthetic import SyntheticSpec, write_cohort
 from pathfm.store.commit import RECORDS, content_digest
 from tests.flows.conftest import STUDY
-from tests.slurm.cluster import Cluster, NoClusterError
+from tests.slurm.cluster import Cluster
+from tests.slurm.debian import NoClusterError, install
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
-SETTINGS = STUDY.replace("steps: 6, checkpoint_every: 2", "steps: 60, checkpoint_every: 40") + (
-    "compute: {{device: cpu, workers: 1, threads: 1, group_slides: 4}}\n"
+SETTINGS = STUDY.replace("steps: 6, checkpoint_every: 2", "steps: 40, checkpoint_every: 30") + (
+    "compute: {{device: cpu, workers: 1, threads: 1, group_slides: 6}}\n"
 )
-"""Pretraining takes long enough to be stopped in the middle, far from a checkpoint; the slides are three groups."""
+"""Pretraining takes long enough to be stopped in the middle, far from a checkpoint; the slides are two groups."""
 COMPARED = ("tiles", "encoder", "features", "mil", "report", "receipts")
 """Folders of a study's output that must be the same, however it was run."""
 BROKEN = 4
 """Which slide of the cohort is none."""
+PATIENCE_S = 300.0
+"""A run that takes longer hangs, also on a machine that is busy with other things."""
 NODE_HAS = {"array=1-": 2, "cpus-per-task=": 1, "gpus-per-node=": 1, "ntasks-per-node=": 1}
 """The only lines of the batch scripts that are changed here, as everybody has to."""
 
@@ -40,18 +45,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
+    try:
+        install()
+    except NoClusterError as error:
+        pytest.skip(str(error))
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     # `pathfm` of jobs, and on one thread: two jobs run at a time.
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     cluster.environment |= {"PATH": path, "OMP_NUM_THREADS": "1"}
-    try:
-        cluster.start()
-    except NoClusterError as error:
+    with cluster:
+        yield cluster
         cluster.stop()
-        pytest.skip(str(error))
-    yield cluster
-    cluster.stop()
-    assert cluster.left() == []
+        assert cluster.left() == []
 
 
 @pytest.fixture(scope="session")
@@ -64,12 +69,18 @@ def cohort(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, cohort):
-    """The output folder of the study, run without any cluster."""
+def undisturbed(tmp_path_factory, cluster, cohort):
+    """What the study makes without any cluster, while jobs run on it: a function that waits for it, and gives digests."""
     study = write_study(tmp_path_factory.mktemp("undisturbed"), cohort)
-    done = subprocess.run([sys.executable, "-m", "pathfm", "run", str(study)], capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
-    return study.parent / "out"
+    with started("run", study, environment=cluster.environment) as run:
+
+        @cache
+        def digests_of_run():
+            said = run.communicate()[1]
+            assert run.returncode == 3, said
+            return digests(study.parent / "out")
+
+        yield digests_of_run
 
 
 @pytest.fixture
@@ -96,6 +107,17 @@ def write_study(folder, cohort):
     return path
 
 
+@contextmanager
+def started(*words, environment):
+    """``pathfm`` as a process that does not outlive the block."""
+    command = [sys.executable, "-m", "pathfm", *map(str, words)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
 def digests(out, names=COMPARED):
     """Content of folders of an output folder, file by file. Records, times, checkpoints and what is hidden are no content."""
     files = sorted(path for name in names for path in (out / name).rglob("*") if path.is_file())
@@ -108,7 +130,7 @@ def _counts(file):
     return not any(fnmatch(file.name, pattern) for pattern in RECORDS)
 
 
-def until(condition, what, patience_s=90.0):
+def until(condition, what, patience_s=PATIENCE_S):
     """Waits for something; what it was."""
     deadline = time.monotonic() + patience_s
     while not (found := condition()):
