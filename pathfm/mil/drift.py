@@ -318,17 +318,17 @@ def _flag(watched: Watched, reference: DriftReference, facts: SlideFacts) -> Fla
     assert value is not None  # only known numbers have a score
     low, high = reference.range_of(watched.name)
     is_low = watched.scaled(value) < reference.numbers[watched.name].spread.centre
-    shown, training = f"{value:{watched.form}}", range_text(watched, low, high)
+    shown, training = watched.words(value), range_text(watched, low, high)
     words = watched.low if is_low else watched.high
     return Flag(watched.name, shown, training, f"{words}: {watched.label} {shown}, training {training}")
 
 
 def range_text(watched: Watched, low: float | None, high: float | None) -> str:
     """A range in words."""
-    form = watched.form
-    if low is None or high is None:
-        return f"at most {high:{form}}" if low is None else f"at least {low:{form}}"
-    return f"{low:{form}} to {high:{form}}"
+    ends = ["" if end is None else watched.words(end) for end in (low, high)]
+    if not all(ends):
+        return f"at most {ends[1]}" if low is None else f"at least {ends[0]}"
+    return " to ".join(ends)
 
 
 def _unknown_scanner(reference: DriftReference, facts: SlideFacts) -> list[Flag]:

@@ -63,6 +63,11 @@ class Watched:
             return math.log(max(value, SMALLEST))
         return math.sqrt(max(value, 0.0)) if self.scale == "root" else value
 
+    def words(self, value: float) -> str:
+        """The number as it is written, large ones without an exponent."""
+        text = f"{value:{self.form}}"
+        return f"{float(text):.0f}" if "e+" in text else text
+
     def unscaled(self, value: float) -> float:
         """Back from ``scaled``."""
         if self.scale == "root":

@@ -13,6 +13,7 @@ from pathfm.compute import use_threads
 from pathfm.config import fingerprint
 from pathfm.errors import StoreError, UsageError
 from pathfm.faults import crash_point
+from pathfm.log import say
 from pathfm.mil.aggregators.pretrained import Pretrained
 from pathfm.mil.controls import COLOUR, UNTRAINED
 from pathfm.mil.ensemble import VERSION
@@ -66,6 +67,8 @@ def run_mil(study: Study, cohort: Cohort, inputs: MilInputs) -> StageReport:
         wanted = fingerprint(VERSION, inputs.fingerprint, inputs.main_name, plan.fingerprint)
         if _is_current(inputs, wanted):
             return _report(plan, "kept")
+        if plan.tasks.main.kind == "binary" and plan.settings.positive is None:
+            say(f"positive: {plan.tasks.main.classes[plan.tasks.main.positive]} (the last in sorted order; set mil.positive)")
         # Old numbers must not lie beside new networks if this run is interrupted.
         (inputs.mil_dir / "metrics.json").unlink(missing_ok=True)
         for folder in (inputs.mil_dir, *inputs.mil_dir.rglob("*/")):

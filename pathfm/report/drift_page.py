@@ -221,12 +221,19 @@ def _draw_number(axes: Axes, known: Mapping[str, Any], points: Sequence[tuple[in
 
 
 def _date_axis(axes: Axes, rows: Sequence[Row]) -> None:
-    """Slides stand at equal distances; a few of them are dated, by the time where all are of one day."""
+    """Slides stand at equal distances; a few of them are dated, by the time where all are of one day.
+
+    Where even the minute is that of the tick before, by the second; and where times tell nothing apart, by their number.
+    """
     ticks = sorted({round(part * (len(rows) - 1) / 3) for part in range(4)})
     times = [str(row.get("time") or "") for row in rows]
-    part = slice(11, 16) if len({time[:10] for time in times}) == 1 else slice(10)
-    axes.set_xticks(ticks, [times[tick][part] or str(tick + 1) for tick in ticks], fontsize=7)
-    if day := times[0][:10] if part.start else "":
+    one_day = len({time[:10] for time in times}) == 1
+    parts = (slice(11, 16), slice(11, 19)) if one_day else (slice(10),)
+    labels = [[times[tick][part] for tick in ticks] for part in parts]
+    numbers = [str(tick + 1) for tick in ticks]
+    told = next((names for names in labels if all(names) and len(set(names)) == len(ticks)), numbers if one_day else labels[0])
+    axes.set_xticks(ticks, [name or number for name, number in zip(told, numbers, strict=True)], fontsize=7)
+    if day := times[0][:10] if one_day else "":
         axes.set_xlabel(f"{day}{' (UTC)' if times[0].endswith('+00:00') else ''}", fontsize=7)
     axes.set_xlim(-0.5 - len(rows) * 0.02, len(rows) - 0.5 + len(rows) * 0.02)
     axes.grid(visible=False, axis="x")

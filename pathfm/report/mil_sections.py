@@ -209,7 +209,7 @@ def cards(result: MilResult) -> list[Card]:
         estimate = result.main.numbers.get(name)
         if estimate is None:
             continue
-        about, detail = mil_words.metric(name), mil_words.metric(name).detail
+        about, detail = mil_words.metric(name), mil_words.detail(name, task.positive_of_two)
         chance = mil_words.chance_of(name, len(task.classes))
         if name == "localisation_auroc":
             slides = result.main.localisation_slides
@@ -223,8 +223,10 @@ def cards(result: MilResult) -> list[Card]:
 
 
 def described(result: MilResult) -> str:
-    """What was predicted, for the first sentence of a page: the label, and its classes where it has some."""
-    return f" ({(' or ' if result.task.one_of else ', ').join(result.classes)})" if result.classes else ""
+    """What was predicted, for the first sentence of a page: the classes, where it has some, and the positive of two."""
+    names = (" or " if result.task.one_of else ", ").join(result.classes)
+    positive = f"; positive: {result.task.positive_of_two}" if result.task.positive_of_two else ""
+    return f" ({names}{positive})" if names else ""
 
 
 def flow_adds_up(result: MilResult) -> bool:

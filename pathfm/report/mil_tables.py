@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pathfm.log import plural
 from pathfm.report import mil_words
 from pathfm.report.mil_blocks import Bar, Cell, Scale, Table, TableRow, header, number_cell, numeral, row, scale_of
 from pathfm.report.results import Estimate, MilResult, ModelScore, TaskResult, estimate, estimates
+from pathfm.stats.comparison import chance_of_a_miss
 
 Content = Mapping[str, Any]
 FLOW_WORDS: Mapping[str, str] = {"cohort": "in the cohort", "no file": "without a file", "no label": "without a label"}
@@ -50,14 +52,15 @@ def comparison_table(task: TaskResult) -> Table | None:
     rows = []
     for each in found:
         difference = estimate({**each, "value": each["difference"]})
-        p = Cell("–" if each["p"] is None else spoken_p(each["p"]), number=True)
-        rows.append(
-            row(f"against {each['other']}", number_cell(difference), p, Cell(each["verdict"], each.get("method") or ""))
-        )
-    head = (*header("The model", f"difference in {mil_words.title(task.metric)}", "p"), Cell("Verdict"))
-    return Table(
-        "Differences on the same patients, with 95 % intervals (p not adjusted for several comparisons)", head, tuple(rows)
+        chances = [Cell("–" if p is None else spoken_p(p), number=True) for p in (each["p"], mil_words.corrected_p(each))]
+        verdict = Cell(each["verdict"], each.get("method") or "")
+        rows.append(row(f"against {each['other']}", number_cell(difference), *chances, verdict))
+    head = (*header("The model", f"difference in {mil_words.title(task.metric)}", "p", "p (Holm)"), Cell("Verdict"))
+    caption = (
+        "Differences on the same patients; 95 % intervals are of each alone, p (Holm) is corrected for "
+        f"{plural(len(found), 'comparison')}, and the verdict follows it"
     )
+    return Table(caption, head, tuple(rows))
 
 
 def spoken_p(p: float) -> str:
@@ -76,7 +79,7 @@ def levels_table(task: TaskResult, level: str) -> Table:
         row(
             mil_words.headline(name),
             *(number_cell(numbers.get(name)) for numbers in found.values()),
-            why=mil_words.metric(name).detail,
+            why=mil_words.detail(name, task.positive_of_two),
             primary=name == task.metric,
         )
         for name in metrics
@@ -156,7 +159,11 @@ def subgroup_table(task: TaskResult) -> Table | None:
         ]  # fmt: skip
         rows.append(row(group["value"], *cells, why=group["column"]))
     heads = ("patients", *map(mil_words.headline, names))
-    return Table("Group by group, with 95 % intervals", header("Group", *heads), tuple(rows))
+    caption, judged = "Group by group, with 95 % intervals", sum(not group["note"] for group in groups)
+    if judged > 1:
+        chance = chance_of_a_miss(judged)
+        caption += f". Of {judged} such intervals at least one misses its truth by chance in up to {chance:.0%} of studies"
+    return Table(caption, header("Group", *heads), tuple(rows))
 
 
 def flow_table(result: MilResult) -> Table | None:

@@ -7,9 +7,16 @@ from typing import Any
 
 from pathfm.report.mil_blocks import Cell, Heading, Item, Table, TableRow, Words, header, number_cell, numeral, row, some
 from pathfm.report.mil_tables import part_name
+from pathfm.report.mil_words import of_class
 from pathfm.report.results import TaskResult, estimate
 
 Content = Mapping[str, Any]
+ABSTAIN = "abstain:"
+UNDECIDED: Mapping[str, str] = {
+    "uncertain": "uncertain between the classes",
+    "out of distribution": "unlike the training slides",
+}
+"""Reasons of abstentions in words, where their names say too little."""
 
 
 def trust_items(task: TaskResult, names: Sequence[str] = ()) -> tuple[Item, ...]:
@@ -17,7 +24,13 @@ def trust_items(task: TaskResult, names: Sequence[str] = ()) -> tuple[Item, ...]
     trust = task.content.get("trust") or {}
     if not trust:
         return ()
-    found = some(*_calibration(trust), *_points(trust), *_decisions(trust), *_conformal(trust, names), *_novelty(trust))
+    found = some(
+        *_calibration(trust),
+        *_points(trust, task.positive),
+        *_decisions(trust, task.positive),
+        *_conformal(trust, names),
+        *_novelty(trust),
+    )
     notes = tuple(Words(note, "muted") for note in trust.get("notes", []))
     if not found and not notes:
         return ()
@@ -54,11 +67,11 @@ def share_cell(share: Content | None) -> Cell:
     found = estimate(share)
     if share is None or found is None:
         return Cell("–", number=True)
-    cell = number_cell(found, 2)
+    cell = number_cell(found)
     return Cell(f"{cell.text} ({share['hits']} of {share['count']})", cell.why, number=True)
 
 
-def _points(trust: Content) -> tuple[Item | None, ...]:
+def _points(trust: Content, positive: str) -> tuple[Item | None, ...]:
     points = trust.get("operating_points") or []
     if not points:
         return ()
@@ -70,28 +83,33 @@ def _points(trust: Content) -> tuple[Item | None, ...]:
         calibrated = numeral(point.get("threshold_calibrated"))
         shares = (share_cell(point["sensitivity"]), share_cell(point["specificity"]))
         rows.append(row(point["name"], threshold, calibrated, *shares, why=point.get("note") or ""))
-    caption = f"Operating points, per {trust['unit']}, with exact 95 % intervals; decisions follow the first"
-    head = header("Rule", "threshold", "calibrated", "sensitivity", "specificity")
+    caption = (
+        f"Operating points, per {trust['unit']}, with exact 95 % intervals: thresholds of the probability of “{positive}”; "
+        "decisions follow the first"
+    )
+    head = header("Rule", "threshold", "calibrated", *(of_class(name, positive) for name in ("sensitivity", "specificity")))
     return (Heading("Operating points"), Table(caption, head, tuple(rows)))
 
 
-def _decisions(trust: Content) -> tuple[Item | None, ...]:
+def _decisions(trust: Content, positive: str) -> tuple[Item | None, ...]:
     found = trust.get("decisions") or {}
     if "abstained" not in found:
         return ()
     rows = [row("abstained", share_cell(found["abstained"]), why="no decision is made")]
     rows.append(row("errors", share_cell(found["errors"]), why="of those that were decided"))
     rows += [
-        row(name, share_cell(found[name]), why="of those that were decided")
+        row(of_class(name, positive), share_cell(found[name]), why="of those that were decided")
         for name in ("sensitivity", "specificity")
         if name in found
     ]
-    counts = ", ".join(f"{count} {name}" for name, count in found["counts"].items())
+    said = [(name.removeprefix(ABSTAIN), name.startswith(ABSTAIN), count) for name, count in found["counts"].items()]
+    decided = ", ".join(f"{count} {name}" for name, abstains, count in said if not abstains)
+    undecided = ", ".join(f"{count} {UNDECIDED.get(name, name)}" for name, abstains, count in said if abstains)
     caption = f"Decisions, per {trust['unit']}, with exact 95 % intervals"
     return (
         Heading("Decisions and abstentions"),
         Table(caption, header("", "share"), tuple(rows)),
-        Words(f"Said: {counts}.", "muted"),
+        Words(f"Decided: {decided or 'none'}. Not decided: {undecided or 'none'}.", "muted"),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PRIMARY: Mapping[str, str] = {
     "binary": "auroc",
@@ -32,7 +32,7 @@ class Metric(NamedTuple):
 
     Attributes:
         title: its name.
-        detail: how to read it.
+        detail: how to read it; ``{positive}`` stands for those of the positive class, see ``detail``.
         chance: what it is without knowledge; None where that depends on the cohort.
         lower_is_better: direction.
     """
@@ -48,10 +48,10 @@ METRICS: Mapping[str, Metric] = {
     "kappa": Metric("quadratic kappa", "0 is chance (dashed), 1 is perfect; far misses count more than near ones", 0.0),
     "r2": Metric("R²", "share of the variance that is explained: 0 is guessing the mean (dashed), 1 is perfect", 0.0),
     "c_index": Metric("C-index", "chance that of two patients the one at higher risk comes first: 0.5 is chance (dashed)", 0.5),
-    "auprc": Metric("average precision", "area under precision and recall; chance is the share of positives"),
+    "auprc": Metric("average precision", "area under precision and recall of {positive}; chance is their share"),
     "balanced_accuracy": Metric("balanced accuracy", "mean share recognised per label"),
-    "sensitivity": Metric("sensitivity", "share of positives that are called so (most probable class)"),
-    "specificity": Metric("specificity", "share of negatives that are called so (most probable class)"),
+    "sensitivity": Metric("sensitivity", "share of {positive} that are called so (most probable class)"),
+    "specificity": Metric("specificity", "share of all but {positive} that are not called so (most probable class)"),
     "f1": Metric("F1", "harmonic mean of precision and sensitivity"),
     "brier": Metric("Brier score", "mean squared error of the probabilities: lower is better", None, True),
     "ece": Metric("calibration error", "mean distance of probability and observed share: lower is better", None, True),
@@ -78,6 +78,16 @@ def title(name: str) -> str:
     return metric(name).title
 
 
+def detail(name: str, positive: str = "") -> str:
+    """How to read a metric; ``positive``: the class that it is about, where there are two."""
+    return metric(name).detail.replace("{positive}", f"“{positive}”" if positive else "positives")
+
+
+def of_class(name: str, positive: str) -> str:
+    """A metric's name with the class that it is about, if there is one: ``sensitivity for “tumour”``."""
+    return f"{title(name)} for “{positive}”" if positive else title(name)
+
+
 def headline(name: str) -> str:
     """Its name at the start of a line."""
     text = title(name)
@@ -89,3 +99,9 @@ def chance_of(name: str, classes: int) -> float | None:
     if name == "balanced_accuracy" and classes > 1:
         return 1 / classes
     return metric(name).chance
+
+
+def corrected_p(comparison: Mapping[str, Any]) -> float | None:
+    """The p value that a verdict follows: corrected for the number of comparisons, where numbers are not older than that."""
+    p: float | None = comparison.get("p_holm", comparison["p"])
+    return p

@@ -124,7 +124,7 @@ def result_context(result: MilResult | None, settings: MilSettings | None) -> di
         "described": described(result) if result else "",
         "cards": shown,
         "scale": scale,
-        "warnings": warnings(result) if result else (),
+        "warnings": warnings(result, settings) if result else (),
         "methods": methods(result) if result else "",
         "version": __version__,
     }

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from pathfm.errors import StoreError
 from pathfm.pretrain_settings import PretrainSettings
-from pathfm.report.figures import ACCENT, CONTROL_COLOURS, MUTED, Chart, _canvas
+from pathfm.report.figures import ACCENT, CONTROL_COLOURS, CONTROL_DASHES, MUTED, Chart, _canvas
 from pathfm.report.results import Row, read_rows, to_number
 from pathfm.store.commit import read_json
 
@@ -25,7 +25,10 @@ CARDS = ("teacher", "untrained")
 """Folders whose card names the settings; the second is there from the start."""
 BINS = 240
 """Points along a curve; each shows the mean of its steps, and a band their range."""
-COLOURS = (ACCENT, *CONTROL_COLOURS)
+LOOKS = tuple(zip((ACCENT, *CONTROL_COLOURS), ("-", (0, (4, 4)), *CONTROL_DASHES[1:]), strict=True))
+"""Colour and dashes of curves: of two that lie on each other both are seen."""
+ROOM = 1.08
+"""Where an axis from 0 ends, as a multiple of the highest value: no curve lies on the edge."""
 LEAST_PER_ROW, MOST_PER_ROW = 3, 4
 NORM, CLIPPED = "grad_norm_", "clipped_"
 
@@ -273,7 +276,7 @@ def _chart(panels: Sequence[tuple[Panel, dict[str, Points]]], columns: int, leve
 
 def _draw(axes: Axes, panel: Panel, curves: Mapping[str, Points], levels: Mapping[str, float]) -> None:
     values = [y for points in curves.values() for _, y in points]
-    for colour, (name, points) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
+    for (colour, dash), (name, points) in zip(itertools.cycle(LOOKS), curves.items(), strict=False):
         size = max(1, -(-len(points) // BINS))
         parts = [points[start : start + size] for start in range(0, len(points), size)]
         x = [statistics.fmean(x for x, _ in part) for part in parts]
@@ -281,14 +284,16 @@ def _draw(axes: Axes, panel: Panel, curves: Mapping[str, Points], levels: Mappin
         if size > 1 and set(values) != {0.0, 1.0}:
             low, high = [min(y for _, y in part) for part in parts], [max(y for _, y in part) for part in parts]
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(x, y, color=colour, linewidth=1.4, label=name, marker="." if len(x) <= 30 else "")
+        look: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": "." if len(x) <= 30 else ""}
+        # Not clipped: a curve along the edge, as shares of 0, is seen in its whole width.
+        axes.plot(x, y, **look, linewidth=1.4, label=name, clip_on=False)
     level = levels.get(panel.level)
     if level is not None:
         axes.axhline(level, color=MUTED, linewidth=1, linestyle="--", label=panel.level)
     if panel.axis == "log" and min(values) > 0:
         axes.set_yscale("log")
     elif panel.axis == "zero":
-        axes.set_ylim(bottom=min(0.0, *values))
+        axes.set_ylim(bottom=min(0.0, *values), top=ROOM * max(values) if max(values) > 0 else None)
     axes.set(title=panel.title, xlabel="step")
     axes.locator_params(axis="x", nbins=5)
     if len(curves) > 1 or level is not None:

@@ -166,6 +166,11 @@ class TaskResult:
         return self.scores[1:]
 
     @property
+    def positive_of_two(self) -> str:
+        """The class that sensitivity and specificity are about; empty where they are means over several classes."""
+        return self.positive if self.kind == "binary" else ""
+
+    @property
     def second(self) -> str:
         """The metric that stands beside the main one."""
         return SECOND.get(self.kind, "balanced_accuracy")

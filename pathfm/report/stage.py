@@ -22,7 +22,7 @@ from pathfm.store.commit import commit_file, read_json, write_json
 from pathfm.store.record import Outcome, StageReport, read_record, write_record
 from pathfm.study import Study
 
-VERSION = 6
+VERSION = 7
 """Goes up when the same inputs give another page."""
 
 
@@ -74,7 +74,7 @@ def run_report(study: Study, inputs: ReportInputs) -> StageReport:
     html = render(_page(study, inputs, fates, result, gallery))
     with commit_file(inputs.report_dir / "index.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
-    summary = summarise(title_of(study), inputs.fingerprint, fates, result)
+    summary = summarise(title_of(study), inputs.fingerprint, fates, result, study.mil)
     shown = [Outcome(slide.fate.slide_id, "done") for slide in gallery.slides]
     failed = [Outcome(slide_id, "failed", reason) for slide_id, reason in gallery.broken.items()]
     outcomes = sorted(shown + failed, key=lambda outcome: outcome.slide_id)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pathfm.mil_settings import MilSettings
 from pathfm.report import mil_words
 from pathfm.report.fates import Fate, flow
 from pathfm.report.results import SHUFFLED, Estimate, MilResult, ModelScore, seen_words
@@ -13,11 +15,16 @@ FORMAT = "pathfm-summary"
 VERSION = 1
 CHANCE_PLACE = 0.5
 """Localisation AUROC of tiles at random."""
+HEALTHY = frozenset({"normal", "negative", "neg", "benign", "healthy", "control", "controls", "no", "none", "absent"})
+HEALTHY |= {"0", "false", "wt", "wildtype"}
+"""Words in names of classes that are seldom what is looked for."""
 SIGNIFICANT = 0.05
 """A p value from here on is not told apart from chance."""
 
 
-def summarise(name: str, fingerprint: str, fates: Sequence[Fate], result: MilResult | None) -> dict[str, Any]:
+def summarise(
+    name: str, fingerprint: str, fates: Sequence[Fate], result: MilResult | None, settings: MilSettings | None = None
+) -> dict[str, Any]:
     """Content of ``summary.json``; numbers that do not exist are null.
 
     Args:
@@ -25,6 +32,7 @@ def summarise(name: str, fingerprint: str, fates: Sequence[Fate], result: MilRes
         fingerprint: what the study's result depends on.
         fates: one row per slide of the cohort.
         result: what mil found, None when it has not run.
+        settings: it was trained with; None where nobody knows.
     """
     used = [fate for fate in fates if fate.status == "used"]
     main = result.main if result else None
@@ -59,7 +67,7 @@ def summarise(name: str, fingerprint: str, fates: Sequence[Fate], result: MilRes
         **_seen(result),
         "controls": {score.name: _control(score, result.task.metric) for score in result.controls} if result else {},
         "bundle": (result.bundle or None) if result else None,
-        "warnings": list(warnings(result)) if result else [],
+        "warnings": list(warnings(result, settings)) if result else [],
         "notes": list(result.notes) if result else [],
     }
 
@@ -94,9 +102,15 @@ def _control(score: ModelScore, metric: str) -> dict[str, float | None]:
     }
 
 
-def warnings(result: MilResult) -> tuple[str, ...]:
-    """What a careful reader has to know before trusting the numbers."""
-    found = [*_above_chance(result), *_shuffled(result), *_against_controls(result), *_localised(result)]
+def warnings(result: MilResult, settings: MilSettings | None = None) -> tuple[str, ...]:
+    """What a careful reader has to know before trusting the numbers; ``settings``: of the training, where they are known."""
+    found = [
+        *_swapped(result, settings),
+        *_above_chance(result),
+        *_shuffled(result),
+        *_against_controls(result),
+        *_localised(result),
+    ]
     if result.seen and result.seen.transductive:
         found.append(
             f"Numbers marked transductive rest on an encoder that was pretrained, without labels, on slides of "
@@ -110,6 +124,23 @@ def warnings(result: MilResult) -> tuple[str, ...]:
     if any(leak["crosses"] for leak in result.content.get("leaks") or []):
         found.append("Slides of different patients share data: see the section about the cohort.")
     return tuple(found)
+
+
+def _swapped(result: MilResult, settings: MilSettings | None) -> Iterator[str]:
+    """Whether what is healthy counts as positive because nobody said what does."""
+    positive = result.task.positive_of_two
+    if settings is None or settings.positive is not None or not positive or not _sounds_healthy(positive):
+        return
+    other = next(name for name in result.classes if name != positive)
+    yield (
+        f"Nobody chose the positive class, so it is “{positive}”, the last in sorted order: sensitivity, specificity, "
+        f"operating points and decision curve are about it. If “{other}” is what is looked for, set mil.positive={other}."
+    )
+
+
+def _sounds_healthy(name: str) -> bool:
+    joined = re.sub(r"wild[^a-z]type", "wildtype", name.casefold())
+    return not HEALTHY.isdisjoint(re.findall(r"[a-z0-9]+", joined))
 
 
 def _above_chance(result: MilResult) -> Iterator[str]:
@@ -176,7 +207,7 @@ def _against_controls(result: MilResult) -> Iterator[str]:
         if other.value >= main.value:
             as_good.append(f"“{score.name}”")
         elif difference and not _is_significant(difference):
-            p = "" if difference["p"] is None else f" (p {difference['p']:.2g})"
+            p = "" if (chance := mil_words.corrected_p(difference)) is None else f" (p {chance:.2g})"
             alike.append(f"“{score.name}”{p}")
         elif difference is None and main.overlaps(other):
             near.append(f"“{score.name}”")
@@ -191,8 +222,8 @@ def _against_controls(result: MilResult) -> Iterator[str]:
 
 def _is_significant(difference: Mapping[str, Any]) -> bool:
     """As the verdict has it: by p, or by the limits where there is no p."""
-    if difference["p"] is not None:
-        return bool(difference["p"] < SIGNIFICANT)
+    if (p := mil_words.corrected_p(difference)) is not None:
+        return p < SIGNIFICANT
     return difference["low"] is not None and not difference["low"] <= 0 <= difference["high"]
 
 

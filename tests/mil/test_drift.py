@@ -12,7 +12,7 @@ from pathfm.errors import StoreError
 from pathfm.mil.bundle import BundleError, open_bundle, write_bundle
 from pathfm.mil.drift import DriftReference, drift_reference, fit_reference, flag_texts, reference_from_record, slide_facts
 from pathfm.mil.drift_cohort import LEAST_WINDOW, LEVEL, cohort_flags
-from pathfm.mil.drift_facts import SlideFacts, facts_from_record
+from pathfm.mil.drift_facts import BY_NAME, SlideFacts, facts_from_record
 from pathfm.mil.inputs import Deploy
 from pathfm.mil.stage import run_mil
 from pathfm.store.feature_file import open_features
@@ -99,6 +99,11 @@ def test_a_planted_shift_is_flagged_in_words_with_value_and_range(reference, nam
     assert np.mean([bool(text) for text in texts]) > 0.9
     assert all("training" in text for each in texts for text in each)
     assert flag_texts([flag.record() for flag in found[0]]) == flag_texts(found[0])
+
+
+def test_numbers_are_written_without_exponents():
+    assert [BY_NAME["sharpness"].words(value) for value in (13.34, 141.2, 1823.0)] == ["13.3", "141", "1820"]
+    assert BY_NAME["pen"].words(0.125) == "12.5%"
 
 
 def test_an_unknown_scanner_another_scale_and_far_features_are_flagged(reference):

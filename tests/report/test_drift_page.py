@@ -74,6 +74,15 @@ def test_where_nothing_was_tested_the_banner_is_neither_good_nor_bad():
     assert '<div class="box">' in render_drift_page(reference(), [row(1)], shifts())
 
 
+def test_slides_of_one_minute_are_told_apart_by_the_second_or_by_their_number():
+    from matplotlib.figure import Figure
+
+    for second, ticks in (("07", ["23:09:00", "23:09:07"]), ("00", ["1", "2"])):
+        axes = Figure().subplots()
+        _date_axis(axes, [{"time": f"2026-01-02T23:09:{each}+00:00"} for each in ("00", second)])
+        assert [label.get_text() for label in axes.get_xticklabels()] == ticks
+
+
 @pytest.mark.parametrize(("days", "ticks"), [((1, 1), ["21:05", "23:45"]), ((1, 2), ["2026-01-01", "2026-01-02"])])
 def test_slides_of_one_day_are_told_apart_by_the_time(days, ticks):
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from pathfm.errors import UsageError
 from pathfm.report import mil_figures, mil_words
 from pathfm.report.mil_blocks import Heading, Item, Scale, Table, Words, scale_of
 from pathfm.report.mil_predictions import Risks, probability_columns, ranked, risk_groups, risks, said_by_slide, said_of
-from pathfm.report.mil_sections import bundle_section, cards, design_items, flow_adds_up, result_sections
+from pathfm.report.mil_sections import bundle_section, cards, described, design_items, flow_adds_up, result_sections
 from pathfm.report.mil_tables import fold_table, subgroup_table
 from pathfm.report.mil_validation import validation_page
 from pathfm.report.results import Estimate, MilResult, read_mil
@@ -170,6 +170,34 @@ def test_a_model_that_stands_apart_has_no_warning(folders: dict[str, Path]) -> N
     assert warnings(read(folders["binary"])) == ()
 
 
+@pytest.mark.parametrize(
+    ("classes", "warned"), [("lesion/normal", True), ("mutated/wild-type", True), ("abnormal/lesion", False)]
+)
+def test_a_positive_class_that_nobody_chose_and_that_sounds_healthy_is_told_first(tmp_path, classes, warned) -> None:
+    folder, names = write_folder(tmp_path / "swapped", "binary"), classes.split("/")
+    text = (folder / "metrics.json").read_text().replace('"sick"', f'"{names[1]}"').replace('"well"', f'"{names[0]}"')
+    (folder / "metrics.json").write_text(text)
+    silent = settings_of("binary").model_copy(update={"positive": None})
+    told = [line for line in warnings(read(folder), silent) if line.startswith("Nobody chose the positive class")]
+    assert bool(told) == warned and all(f"set mil.positive={names[0]}" in line for line in told)
+    assert warnings(read(folder), settings_of("binary")) == warnings(read(folder)) == ()
+
+
+def test_what_decisions_are_about_is_named_in_every_table(folders: dict[str, Path]) -> None:
+    result = read(folders["binary"])
+    parts = [part for section in result_sections(result, None) for part in everything(section.items)]
+    tables = {part.caption.partition(",")[0]: part for part in parts if isinstance(part, Table)}
+    heads = [cell.text for cell in tables["Operating points"].header]
+    assert heads[-2:] == ["sensitivity for “sick”", "specificity for “sick”"]
+    names = {row.cells[0].text: row.cells[0].why for row in tables["All numbers of the our encoder"].rows}
+    assert names["Sensitivity"].startswith("share of “sick”") and "all but “sick”" in names["Specificity"]
+    assert "sensitivity for “sick”" in [row.cells[0].text for row in tables["Decisions"].rows]
+    assert "abstain:" not in text_of(tuple(parts)) and "Not decided: " in text_of(tuple(parts))
+    assert described(result) == " (sick or well; positive: sick)"
+    several = text_of(tuple(part for section in result_sections(read(folders["multiclass"]), None) for part in section.items))
+    assert "share of positives that are called so" in several
+
+
 def test_shuffled_labels_below_zero_are_no_leak_for_numbers(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "r", "regression")
     content = json.loads((folder / "metrics.json").read_text())
@@ -191,14 +219,14 @@ def test_every_control_that_is_not_beaten_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "c", "binary")
     content = json.loads((folder / "metrics.json").read_text())
     model, model_value = content["models"]["our encoder"], content["models"]["our encoder"]["auroc"]["value"]
-    for name, value, p in (
-        ("tile count", -0.1, 0.34),
-        ("untrained encoder", -0.2, 0.11),
-        ("other", 0.01, 0.9),
-        ("bad", -0.4, 0.001),
+    for name, value, p, p_holm in (
+        ("tile count", -0.1, 0.34, 0.34),
+        ("untrained encoder", -0.2, 0.03, 0.11),
+        ("other", 0.01, 0.9, 0.9),
+        ("bad", -0.4, 0.001, 0.005),
     ):
         content["models"][name] = model | {"auroc": model["auroc"] | {"value": model_value + value}}
-        content["comparisons"].append(content["comparisons"][0] | {"other": name, "p": p})
+        content["comparisons"].append(content["comparisons"][0] | {"other": name, "p": p, "p_holm": p_holm})
     model["localisation_auroc"] = {"value": 0.3, "low": 0.2, "high": 0.41, "method": "bootstrap"}
     (folder / "metrics.json").write_text(json.dumps(content))
     lines = warnings(read(folder))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pathfm.errors import StoreError
-from pathfm.report.pretrain_curves import SECTIONS, read_run
+from pathfm.report.pretrain_curves import SECTIONS, Panel, _draw, read_run
 from pathfm.report.pretrain_page import render_pretrain_page, write_pretrain_page
 
 HOSTILE = '<script>alert(1)</script> & "quoted" in /home/someone/tiles'
@@ -148,6 +148,16 @@ def test_settings_are_those_of_the_card(encoder, page):
     assert run.settings is not None
     assert (run.settings.preset, run.settings.crops.global_px, run.settings.koleo_weight) == ("dinov2", 96, 0.1)
     assert len([row for row in page.all("tr") if row.get("class") == "changed"]) == 3
+
+
+def test_curves_that_lie_on_each_other_are_both_seen_below_the_edge():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    panel = Panel("norm", "looks", {"a": "class token", "b": "patches"}, axis="zero")
+    _draw(axes, panel, {"class token": [(0, 13.9), (9, 13.9)], "patches": [(0, 13.9), (9, 13.9)]}, {})
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.05 * 13.9
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "--"]
 
 
 def test_clipped_steps_are_counted(encoder):
