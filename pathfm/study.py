@@ -228,7 +228,7 @@ class ComputeSettings(Settings):
     """i/n (1-based): work only on every n-th slide, for array jobs; i-of-n: on a group of slides that others joining do not
     change, for workflows; empty: on all."""
     group_slides: Positive = 64
-    """Slides of one job of a workflow (`pathfm run --engine snakemake`)."""
+    """About how many slides a job of a workflow has (`pathfm run --engine snakemake`): a hash deals them into groups."""
     cache_dir: Path | None = None
     """Local folder that slides are copied to before they are read, ahead of need; for network drives."""
     cache_gb: PositiveFloat = 50.0

@@ -23,6 +23,7 @@ from pathfm.faults import crash_point
 from pathfm.mil.card import encoder_licence, model_card, without_names
 from pathfm.mil_settings import MilSettings
 from pathfm.store.commit import commit_dir, read_json, recover
+from pathfm.store.interop.label_tables import spellings
 from pathfm.study import ExtractSettings, TileSettings
 
 FORMAT, VERSION = "pathfm-bundle", 1
@@ -177,7 +178,8 @@ class Bundle:
         known = self.facts["trained_on"]
         if identity and salted(known["salt"], "slide", identity) in known["slides"]:
             return "same file"
-        return "same patient" if salted(known["salt"], "patient", patient) in known["patients"] else ""
+        names = {salted(known["salt"], "patient", name) for name in spellings(patient)}
+        return "same patient" if names.intersection(known["patients"]) else ""
 
 
 def salted(salt: str, kind: str, name: str) -> str:

@@ -23,6 +23,7 @@ from pathfm.config import bullet_list
 from pathfm.errors import UsageError
 from pathfm.stats.folds import Fold, linked
 from pathfm.stats.phash import WORDS, near_hashes, picture_hash, turned_hashes
+from pathfm.store.interop.label_tables import without_padding
 
 Hashes = NDArray[np.uint64]
 Pixels = NDArray[np.uint8]
@@ -131,7 +132,7 @@ def check_leaks(leaks: Sequence[Leak], folds: Sequence[Fold], rule: Literal["ref
     sides = [{name: side for side, part in enumerate((f.train, f.validation, f.test)) for name in part} for f in folds]
     torn = [leak for leak in leaks if leak.crosses and any(_is_torn(leak, side_of) for side_of in sides)]
     if torn:
-        fix = "give slides of one patient one patient_id, or keep them on one side with mil.split.leaks=merge"
+        fix = "give one patient one patient_id, and two people two; or keep them on one side with mil.split.leaks=merge"
         if rule == "merge":
             fix = "put them on one side of the split, or cut the cohort anew with mil.split.scheme=folds"
         listed = bullet_list([leak.spoken() for leak in torn], 20)
@@ -191,7 +192,7 @@ def _same_features(seen: Sequence[_Seen]) -> Iterator[Leak]:
 def _same_name(seen: Sequence[_Seen]) -> Iterator[Leak]:
     patients = {slide.patient_id: slide for slide in reversed(seen)}
     for group in _equal((_plain(name), slide) for name, slide in sorted(patients.items())):
-        yield _leak("same patient name", group, "but for case, spaces or accents")
+        yield _leak("same patient name", group, "but for case, spaces, accents, or zeros that spreadsheets drop")
 
 
 def _equal(pairs: Iterable[tuple[str, _Seen]]) -> list[list[_Seen]]:
@@ -203,7 +204,7 @@ def _equal(pairs: Iterable[tuple[str, _Seen]]) -> list[list[_Seen]]:
 
 def _plain(name: str) -> str:
     decomposed = unicodedata.normalize("NFKD", name.casefold())
-    return "".join(mark for mark in decomposed if not unicodedata.combining(mark) and not mark.isspace())
+    return without_padding("".join(mark for mark in decomposed if not unicodedata.combining(mark) and not mark.isspace()))
 
 
 def _same_picture(seen: Sequence[_Seen]) -> Iterator[Leak]:

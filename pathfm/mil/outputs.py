@@ -23,7 +23,7 @@ from pathfm.mil.explain import asked_again, deletion_insertion, tile_scores
 from pathfm.mil.galleries import galleries, heat_of, tile_table, write_layer, write_pictures, write_qupath
 from pathfm.mil.heatmap import Canvas, SlideHeat
 from pathfm.mil.plan import Plan
-from pathfm.mil.roster import unit_name
+from pathfm.mil.roster import label_columns, said_label, unit_name
 from pathfm.mil.truth import read_mask
 from pathfm.stats.localisation import Localised, ScoredSlide, localise
 from pathfm.stats.seeds import derive_seed
@@ -225,8 +225,8 @@ def write_predictions(path: Path, plan: Plan, results: Results) -> None:
         answer, decided = results.cells(place)
         rows.append([*about, *answer, 1, _seen(unit.patient_id, plan), *decided, reason])
     for _, absent in sorted(lost.items()):
-        patient, label = plan.patients[absent[0].slide_id], absent[0].labels.get(plan.settings.label, "")
-        about = [patient, ";".join(row.slide_id for row in absent), 0, "", label]
+        patient = plan.patients[absent[0].slide_id]
+        about = [patient, ";".join(row.slide_id for row in absent), 0, "", _label(absent, plan)]
         empty = [""] * (len(plan.tasks.columns) + 1)
         decided = [""] * len(results.decision_columns)
         rows.append([*about, *empty, 0, _seen(patient, plan), *decided, _reasons(absent, plan)])
@@ -235,8 +235,8 @@ def write_predictions(path: Path, plan: Plan, results: Results) -> None:
 
 def write_patients(path: Path, plan: Plan, results: Results) -> None:
     """One row per patient of the cohort, whatever a bag is: the mean of the patient's bags, and how many of them there are."""
-    about = ("patient_id", "label", "bags", "slides", "slides_used")
-    header = (*about, *plan.tasks.columns, "used", *results.patient_columns, "reason")
+    columns = (*plan.tasks.columns, "used", *results.patient_columns, "reason")
+    header = ("patient_id", "label", "bags", "slides", "slides_used", *columns)
     bags: dict[str, list[int]] = {}
     for place in plan.tested:
         bags.setdefault(plan.units[place].patient_id, []).append(place)
@@ -244,7 +244,6 @@ def write_patients(path: Path, plan: Plan, results: Results) -> None:
     for row in sorted(plan.cohort.rows, key=lambda row: row.slide_id):
         slides.setdefault(plan.patients[row.slide_id], []).append(row)
     rows: list[list[Cell]] = []
-    labels = plan.label_B
     for patient, mine in sorted(slides.items()):
         places, absent = bags.get(patient, []), [row for row in mine if row.slide_id in plan.gathered.absent]
         answer: list[Cell] = [""] * len(plan.tasks.columns)
@@ -252,12 +251,16 @@ def write_patients(path: Path, plan: Plan, results: Results) -> None:
             answer = np.mean([results.row_of[place] for place in places], axis=0).tolist()
         why = "" if places or len(absent) == len(mine) else NOT_JUDGED
         reason = "; ".join(filter(None, (why, _reasons(absent, plan))))
-        label = " | ".join(sorted({labels[place] for place in places}))
-        decided = results.patient_cells(places)
-        rows.append(
-            [patient, label, len(places), len(mine), len(mine) - len(absent), *answer, int(bool(places)), *decided, reason]
-        )
+        about: list[Cell] = [patient, _label(mine, plan), len(places), len(mine), len(mine) - len(absent)]
+        rows.append([*about, *answer, int(bool(places)), *results.patient_cells(places), reason])
     write_table(path, header, rows)
+
+
+def _label(rows: Sequence[SlideRow], plan: Plan) -> str:
+    """What the main task was to say of slides, whatever became of them."""
+    name, columns = plan.tasks.main.name, label_columns(plan.settings.tasks[0])
+    said = {said_label(name, {column: row.labels.get(column, "") for column in columns}) for row in rows}
+    return " | ".join(sorted(said - {""}))
 
 
 def _seen(patient: str, plan: Plan) -> Cell:

@@ -15,7 +15,7 @@ from pathfm.config import bullet_list, did_you_mean
 from pathfm.errors import UsageError
 from pathfm.geometry import MPP_SANE, mpp_is_sane
 from pathfm.log import status
-from pathfm.store.interop.label_tables import Table, folded, joined, read_table, translated
+from pathfm.store.interop.label_tables import Table, folded, joined, named, read_table, translated
 from pathfm.store.pseudonyms import Pseudonyms
 from pathfm.study import CohortSettings
 
@@ -26,6 +26,10 @@ MAX_ID_BYTES = 200
 """File systems allow 255 bytes per name; the rest is for suffixes."""
 _NAMES = re.compile(": |, as ")
 """What comes before names in a note."""
+_MEANING = {
+    "slide_id": "wanted: slide_id, a name for each slide",
+    "path": "wanted: path, its file, as slides/a01.svs; with `pathfm mil train TABLE --features DIR --out OUT` none is needed",
+}
 
 FindSlides = Callable[[Sequence[str], bool], Sequence[tuple[str, Path]]]
 """Discovery without a table: (sources, folder_of_tiles) -> (slide_id, path) of every slide."""
@@ -69,8 +73,9 @@ def load_cohort(settings: CohortSettings, base: Path, find: FindSlides | None = 
         settings: the study's ``cohort`` table.
         base: folder that relative paths of the settings start at (paths inside the table start at the table's folder).
         find: discovery; needed when there is no table.
-        needs_slides: every slide must have a path, and be there. Without slides (features made elsewhere) paths may be absent,
-            and tables are taken as other tools write them (``pathfm.store.interop.label_tables``); what that changes is said.
+        needs_slides: every slide must have a path. Slides that are not there fail when they are worked on, which a note says;
+            without any slide there is no cohort. Without the need (features made elsewhere) paths may be absent, and tables
+            are taken as other tools write them (``pathfm.store.interop.label_tables``); what that changes is said.
 
     Raises:
         UsageError: anything wrong with the tables or the ids, all problems in one message with their line numbers; or no
@@ -146,9 +151,8 @@ def check_labels(cohort: Cohort, label: str, level: Literal["patient", "specimen
     if label in RESERVED:
         raise UsageError("this column has a meaning of its own", where=where, fix="copy it under another name to predict it")
     if label not in cohort.label_names:
-        known = ", ".join(cohort.label_names) or "none"
         hint = did_you_mean(label, cohort.label_names)
-        raise UsageError(f"the cohort has no such label column{hint}", where=where, fix=f"label columns: {known}")
+        raise UsageError(f"the cohort has no such label column{hint}", where=where, fix=_label_fix(label, cohort.label_names))
     labelled = [row for row in cohort.rows if row.labels.get(label)]
     if not labelled:
         raise UsageError("no slide has this label", where=where, fix="fill the column, or set mil.label to another one")
@@ -162,6 +166,13 @@ def check_labels(cohort: Cohort, label: str, level: Literal["patient", "specimen
         if name is not None:
             seen.setdefault(name, {}).setdefault(row.labels[label], []).append(row.line)
     _refuse([_contradiction(level, name, said) for name, said in seen.items() if len(said) > 1], where)
+
+
+def _label_fix(label: str, known: Sequence[str]) -> str:
+    if not known:
+        return f"label columns: none; --set cohort.table=TABLE.csv with columns slide_id,path,patient_id,{label} gives them"
+    meant = next((name for name in known if folded(name) == folded(label)), "NAME")
+    return f"label columns: {', '.join(known)}; choose with --set mil.label={meant}"
 
 
 def id_problem(slide_id: str) -> str:
@@ -189,16 +200,25 @@ def _read_table(path: Path, clinical: Path | None, needs_slides: bool) -> Cohort
         table = joined(table, translated(read_table(clinical), ("patient_id",)))
     _check_header(table, REQUIRED if needs_slides else REQUIRED[:1])
     problems: list[str] = []
+    lost: list[str] = []
     rows: list[SlideRow] = []
     for line, values in table.rows:
         if len(values) != len(table.names):
             problems.append(f"line {line}: {len(values)} fields, but the header has {len(table.names)} columns")
             continue
-        row, wrong = _read_row(dict(zip(table.names, values, strict=True)), line, path.parent, needs_slides)
+        values_of = dict(zip(table.names, values, strict=True))
+        row, wrong = _read_row(values_of, line, path.parent, needs_slides)
         problems += [f"line {line}: {problem}" for problem in wrong]
+        if needs_slides and values_of["path"] and not _exists(row.path):
+            lost.append(f"line {line}: there is no file {row.path}")
         rows.append(row)
-    _refuse(problems + _clashes(rows), str(path))
-    return Cohort(tuple(rows), tuple(name for name in table.names if name not in RESERVED), table.notes)
+    problems += _clashes(rows)
+    if problems:
+        _refuse(problems + lost, str(path))
+    if len(lost) == len(rows):
+        _refuse(lost, str(path), "paths start at the folder of the table")
+    notes = [f"{len(lost)} of {len(rows)} slides have no file, and fail: {named(lost)}"] if lost else []
+    return Cohort(tuple(rows), tuple(name for name in table.names if name not in RESERVED), (*table.notes, *notes))
 
 
 def _check_header(table: Table, required: Sequence[str]) -> None:
@@ -208,29 +228,28 @@ def _check_header(table: Table, required: Sequence[str]) -> None:
     absent = [name for name in required if name not in names]
     problems += [f"there is no column {name!r}{did_you_mean(name, set(names) - set(RESERVED))}" for name in absent]
     if problems:
-        raise UsageError(bullet_list(problems), where=str(table.path), fix=f"columns: {', '.join(names)}")
+        fix = "; ".join([f"columns: {', '.join(names)}", *(_MEANING[name] for name in absent)])
+        raise UsageError(bullet_list(problems), where=str(table.path), fix=fix)
     if not table.rows:
         raise UsageError("the table has no rows", where=str(table.path))
 
 
 def _read_row(values: Mapping[str, str], line: int, folder: Path, needs_slides: bool) -> tuple[SlideRow, list[str]]:
-    """A row and what is wrong with it."""
+    """A row and what is wrong with it, whether its slide is there or not."""
     problems = [problem] if (problem := id_problem(values["slide_id"])) else []
     if values.get("patient_id") == "":
         problems.append("the patient_id is empty")
-    named = values.get("path", "")
-    mpp, path, mask = _number(values.get("mpp", "")), placed(folder, named), values.get("lesion_mask", "")
+    place = values.get("path", "")
+    mpp, mask = _number(values.get("mpp", "")), values.get("lesion_mask", "")
     if values.get("mpp") and (mpp is None or not mpp_is_sane(mpp)):
         problems.append(f"mpp {values['mpp']!r} must be a number from {MPP_SANE[0]} to {MPP_SANE[1]} micrometres per pixel")
-    if not named and needs_slides:
+    if not place and needs_slides:
         problems.append("the path is empty")
-    elif needs_slides and not _exists(path):
-        problems.append(f"there is no file {path}")
     if mask and not _exists(folder / mask):
         problems.append(f"there is no lesion mask {folder / mask}")
     row = SlideRow(
         slide_id=values["slide_id"],
-        path=path if named else Path(values["slide_id"]),
+        path=placed(folder, place) if place else Path(values["slide_id"]),
         line=line,
         patient_id=values.get("patient_id"),
         specimen_id=values.get("specimen_id") or None,
@@ -291,6 +310,6 @@ def _contradiction(level: str, name: str, said: Mapping[str, Sequence[int]]) -> 
     return f"{level} {name!r} is {' and '.join(parts)}"
 
 
-def _refuse(problems: Sequence[str], where: str) -> None:
+def _refuse(problems: Sequence[str], where: str, fix: str = "") -> None:
     if problems:
-        raise UsageError(bullet_list(problems), where=where)
+        raise UsageError(bullet_list(problems), where=where, fix=fix)

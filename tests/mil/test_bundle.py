@@ -196,6 +196,15 @@ def test_training_patients_and_files_are_known_again_and_strangers_are_not(bundl
     assert opened.trained_on("p99", "id-p99") == opened.trained_on("sp07", "") == opened.trained_on("x", "") == ""
 
 
+@pytest.mark.parametrize(("trained", "new"), [("007", "7"), ("7", "007"), ("007", "7.0"), ("7.0", "07")])
+def test_patients_are_known_again_by_a_number_without_its_zeros(tmp_path, facts, trained, new):
+    one = replace(facts.slides[0], patient_id=trained)
+    write_bundle(tmp_path / "bundle", replace(facts, slides=(one, *facts.slides[1:])))
+    opened = open_bundle(tmp_path / "bundle")
+    assert opened.trained_on(new, "") == opened.trained_on(trained, "") == "same patient"
+    assert opened.trained_on("70", "") == opened.trained_on("A7", "") == ""
+
+
 def test_salts_keep_bundles_from_being_compared(bundle, facts, tmp_path):
     other = facts_in(tmp_path / "other", MilSettings(hidden=6, attention=2))
     write_bundle(tmp_path / "another", other)

@@ -135,6 +135,12 @@ def test_patients_whose_names_differ_only_in_writing_are_one():
     assert [leak.patients for leak in leaks] == [("P-01", "p-01 "), ("Muller", "Müller")]
 
 
+def test_patients_whose_numbers_a_spreadsheet_has_changed_are_one():
+    names = ["007", "7", "7.0", "70", "0", "000", "7.5", "A007", "A7"]
+    leaks = find_leaks([SlideTrace(f"s{n}", name) for n, name in enumerate(names)])
+    assert [leak.patients for leak in leaks] == [("007", "7", "7.0"), ("0", "000")]
+
+
 # ---- what must not match ----
 
 

@@ -184,10 +184,11 @@ def test_slides_that_drop_out_are_counted_and_their_patients_keep_a_row(tmp_path
         replace(row, labels={"label": ""}) if row.slide_id in ("s006-0", "s006-1") else row for row in study.cohort.rows
     )
     upstream = {"s008-0": Outcome("s008-0", "failed", "broken glass"), "s010-0": Outcome("s010-0", "empty", "no tissue")}
+    upstream |= {f"s012-{n}": Outcome(f"s012-{n}", "failed", "no such file") for n in range(2)}
     report = run_mil(study.study(), Cohort(rows, ("label",)), replace(study.inputs, upstream=upstream))
     counts = metrics(study.inputs.mil_dir)["flow"]["slides"]
-    assert counts == {"cohort": 32, "no file": 1, "failed": 3, "empty": 1, "no label": 2, "used": 25}
-    assert report.statuses == {"done": 25, "failed": 4, "empty": 3}
+    assert counts == {"cohort": 32, "no file": 1, "failed": 5, "empty": 1, "no label": 2, "used": 23}
+    assert report.statuses == {"done": 23, "failed": 6, "empty": 3}
     reasons = {row["patient_id"]: row for row in table(study.inputs.mil_dir / "predictions.csv")}
     assert len(reasons) == 16
     assert reasons["p003"]["reason"] == ""
@@ -197,6 +198,9 @@ def test_slides_that_drop_out_are_counted_and_their_patients_keep_a_row(tmp_path
     assert (reasons["p004"]["slide_id"], reasons["p004"]["used"]) == ("s004-1", "1")
     assert (reasons["p006"]["slide_id"], reasons["p006"]["used"]) == ("s006-0;s006-1", "0")
     assert reasons["p003"]["slide_id"] == "s003-0;s003-1"
+    labels = {row["patient_id"]: row["label"] for row in table(study.inputs.mil_dir / "patients.csv")}
+    assert labels == {name: row["label"] for name, row in reasons.items()}
+    assert labels["p008"] and labels["p012"] and not labels["p006"]
 
 
 def test_features_of_different_length_or_encoder_are_refused(tmp_path):

@@ -116,7 +116,7 @@ def test_every_problem_is_told_at_once_with_its_line(folder):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("slide_id,label\ns1,x\n", "there is no column 'path' (columns: slide_id, label)"),
+        ("slide_id,label\ns1,x\n", "there is no column 'path' (columns: slide_id, label; wanted: path, its file"),
         ("Slide_ID,path\ns1,a.svs\n", "there is no column 'slide_id', did you mean 'Slide_ID'?"),
         ("slide_id,path,label,label\ns1,a.svs,x,y\n", "column 'label' is there twice"),
         (",slide_id,path\n0,s1,a.svs\n", "column 1 has no name"),
@@ -134,15 +134,31 @@ def test_tables_that_cannot_be_one(folder, text, words):
 
 def test_tables_that_cannot_be_read(folder):
     assert "no such cohort table" in refusal(CohortSettings(table=Path("absent.csv")), folder)
-    assert "cannot be read" in refusal(CohortSettings(table=Path()), folder)
-    (folder / "cohort.csv").write_bytes(b"slide_id,path\ncaf\xe9,a.svs\n")
-    assert "UTF-8" in refusal(CohortSettings(table=Path("cohort.csv")), folder)
+    assert "it is a folder (name the file in it" in refusal(CohortSettings(table=Path()), folder)
+    for encoding in ("latin-1", "utf-16", "utf-16-le"):
+        message = refusal(write(folder, "slide_id,path\ncafé,a.svs\n", encoding), folder)
+        assert message.endswith("is not UTF-8 text (in Excel: Save As, type `CSV UTF-8`)")
+
+
+def test_a_slide_that_is_not_there_is_noted_and_all_of_them_are_refused(folder):
+    cohort = load_cohort(write(folder, "slide_id,path\ns1,a.svs\ns2,gone.svs\n"), folder)
+    assert [row.slide_id for row in cohort.rows] == ["s1", "s2"]
+    assert cohort.notes == (f"1 of 2 slides have no file, and fail: line 3: there is no file {folder / 'gone.svs'}",)
+    message = refusal(write(folder, "slide_id,path\ns1,no.svs\ns2,gone.svs\n"), folder)
+    assert message.endswith("gone.svs (paths start at the folder of the table)")
+
+
+def test_a_decimal_comma_counts_where_semicolons_separate(folder):
+    settings = write(folder, "slide_id;path; mpp ;label\ns1;a.svs; 0,25 ;1,5\ns2;b.svs;;\ns3;b.svs;0.5;x\n")
+    rows = load_cohort(settings, folder).rows
+    assert [(row.mpp, row.labels["label"]) for row in rows] == [(0.25, "1,5"), (None, ""), (0.5, "x")]
+    assert "mpp '0,5'" in refusal(write(folder, 'slide_id,path,mpp\ns1,a.svs,"0,5"\n'), folder)
 
 
 def test_a_long_list_of_problems_is_cut(folder):
     message = refusal(write(folder, "slide_id,path\n" + "".join(f"s{i},absent.svs\n" for i in range(150))), folder)
     assert "150 problems" in message
-    assert message.endswith("... and 50 more")
+    assert "\n  - ... and 50 more" in message
 
 
 @pytest.mark.parametrize(
@@ -234,6 +250,11 @@ def test_labels_of_a_patient_may_not_contradict_each_other():
 
 
 def test_a_label_column_must_exist_and_hold_something():
+    unlabelled = Cohort((SlideRow("s1", Path("a")),))
+    with pytest.raises(UsageError, match=r"--set cohort.table=TABLE.csv with columns slide_id,path,patient_id,label gives"):
+        check_labels(unlabelled, "label", "slide")
+    with pytest.raises(UsageError, match=r"label columns: label; choose with --set mil.label=label"):
+        check_labels(labelled(("p1", "MSI")), "Label", "slide")
     with pytest.raises(UsageError, match=r"no such label column, did you mean 'label'\?.*label columns: label"):
         check_labels(labelled(("p1", "MSI")), "labl", "slide")
     with pytest.raises(UsageError, match="no slide has this label"):

@@ -38,6 +38,12 @@ ENDINGS = (
 FOLD = re.compile(r"(?:fold|split)_?(\d+)", re.IGNORECASE)
 """Columns of Patho-Bench with train and test."""
 SIDES = frozenset({"train", "val", "validation", "test", ""})
+NUMBER = re.compile(r"0*([0-9]+)(?:\.0*)?")
+"""A whole number, of which spreadsheets drop the zeros before it, and to which they may add ``.0``."""
+MAX_DIGITS = 20
+"""Numbers are looked for with zeros before them up to this length."""
+DECIMAL_COMMA = re.compile(r"(\d+),(\d+)")
+SAVE_AS = "in Excel: Save As, type `CSV UTF-8`"
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,15 @@ class Table:
 def read_table(path: Path) -> Table:
     """A table with commas, semicolons or tabs, in UTF-8 with or without byte-order mark; or the first sheet of an xlsx file.
 
+    Where semicolons separate the columns, ``mpp`` may have a decimal comma.
+
     Raises:
         MissingExtraError: an xlsx file, and openpyxl is not installed.
         UsageError: absent, not such a file, or empty.
     """
+    if path.is_dir():
+        fix = "name the file in it; a folder of slides is cohort.slides=[FOLDER]"
+        raise UsageError("the cohort table cannot be read: it is a folder", where=str(path), fix=fix)
     cells = _read_sheet(path) if path.suffix.lower() == ".xlsx" else _read_text(path)
     stripped = [(line, tuple(value.strip() for value in values)) for line, values in cells]
     filled = [(line, values) for line, values in stripped if any(values)]
@@ -134,6 +145,21 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
+def without_padding(name: str) -> str:
+    """A whole number as spreadsheets leave it, ``7`` for ``007`` and ``7.0``; any other name as it is."""
+    found = NUMBER.fullmatch(name)
+    return found[1] if found else name
+
+
+def spellings(name: str) -> frozenset[str]:
+    """The name, and of a whole number all ways to write it that spreadsheets do not tell apart (up to ``MAX_DIGITS``)."""
+    plain = without_padding(name.strip())
+    if not NUMBER.fullmatch(plain):
+        return frozenset({name})
+    padded = {plain, *(plain.zfill(width) for width in range(len(plain), MAX_DIGITS + 1))}
+    return frozenset({name, *padded, *(f"{number}.0" for number in padded)})
+
+
 def without_endings(name: str) -> str:
     """A file name without its folders and without the endings of slides and features."""
     plain = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
@@ -152,16 +178,32 @@ def _read_text(path: Path) -> list[tuple[int, list[str]]]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UsageError("there is no such cohort table", where=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the cohort table cannot be read as UTF-8 text: {error}", where=str(path)) from None
+    except OSError as error:
+        raise UsageError(f"the cohort table cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # also UTF-16 without a byte-order mark
+        raise UsageError("the cohort table is not UTF-8 text", where=str(path), fix=SAVE_AS)
     # The delimiter is whichever is most frequent in the header: column names hold none of the three.
     delimiter = max(",;\t", key=text.lstrip("\r\n").partition("\n")[0].count)
     # Strict, because an unclosed quote would otherwise swallow the rest of the table without a word.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return [(reader.line_num, values) for values in reader]
+        rows = [(reader.line_num, values) for values in reader]
     except csv.Error as error:
         raise UsageError(f"not a valid CSV table: {error}", where=f"{path}, line {reader.line_num}") from None
+    return _with_points(rows) if delimiter == ";" else rows
+
+
+def _with_points(rows: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """Numbers of the column ``mpp`` with a point: who separates by semicolons writes decimal commas."""
+    header = next((values for _, values in rows if any(value.strip() for value in values)), [])
+    places = [place for place, name in enumerate(header) if name.strip() == "mpp"]
+    for _, values in rows:
+        for place in places:
+            if place < len(values) and (found := DECIMAL_COMMA.fullmatch(values[place].strip())):
+                values[place] = f"{found[1]}.{found[2]}"
+    return rows
 
 
 def _read_sheet(path: Path) -> list[tuple[int, list[str]]]:
