@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say
-from pathfm.store.commit import commit_dir
+from pathfm.store.commit import commit_dir, content_files
 from pathfm.store.manifest import MANIFEST, file_digest, manifest_of
 from pathfm.store.record import library_versions
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 README, ONNX, RECORD = "README.md", "model.onnx", "record.json"
+FILES, CONTENT = "files", "content"
+"""Entries of the card of an exported encoder: SHA-256 of each file beside it, and a hash of all else that the card says."""
 UNKNOWN_LICENCE = "not stated"
 MODELS = ("teacher", "student")
 NETWORKS = {"teacher": "EMA teacher", "student": "student", "untrained": "untrained"}
@@ -68,12 +71,19 @@ def export_encoder_folder(source: Path, out: Path, wanted: Wanted) -> ExitCode:
             shutil.copyfile(manifest, temporary / MANIFEST)
         if wanted.onnx:
             card["onnx"], difference = _onnx(encoder.model, int(card["preprocessing"]["input_px"]), temporary)
-        _write_json(temporary / CARD, card)
         (temporary / README).write_text(model_card(card, encoder.model), encoding="utf-8")
+        _write_json(temporary / CARD, _sealed(card, temporary))
         _write_json(temporary / RECORD, _record(difference))
     said = "" if difference is None else f", ONNX within {difference:.1g} of torch"
     say(f"export: {card['network']} of {folder} in {out}{said}")
     return ExitCode.DONE
+
+
+def _sealed(card: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The card with the hashes of the files beside it (``files``) and of all that it says itself (``content``)."""
+    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in content_files(folder)}
+    sealed = {name: value for name, value in card.items() if name != CONTENT} | {FILES: files}
+    return {**sealed, CONTENT: fingerprint(sealed)}
 
 
 def find_encoder(source: Path, student: bool = False) -> Path:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, StoreError, UsageError
+from pathfm.events import Events
 from pathfm.faults import crash_point
 from pathfm.report.fates import without_folders
+from pathfm.run_manifest import receipt_digest
 from pathfm.store.cohort import shard_of
 from pathfm.store.commit import content_digest, content_files
 from pathfm.store.receipts import (
@@ -177,12 +179,24 @@ def run_job(out: Path, stage: str, group: str = ALL, overrides: Sequence[str] = 
 
 
 def write_receipts(run: Run, jobs: Iterable[Planned], made: Made) -> None:
-    """Writes the receipts of jobs of one stage, by what the stage made."""
+    """Writes the receipts of jobs of one stage, by what the stage made.
+
+    The event comes first: a receipt that none tells of was written by no job. A kill between the two leaves a job that is still
+    to be done.
+    """
     jobs = list(jobs)
     known = {} if any(job.state == "forced" for job in jobs) else _known(run.layout.out, {job.stage for job in jobs})
     crash_point("job.before_receipts")
-    for job in jobs:
-        write_receipt(run.layout.out, _receipt(run, job, made, known))
+    if not jobs:
+        return
+    with Events(run.layout.out) as events:
+        for job in jobs:
+            receipt = _receipt(run, job, made, known)
+            about = {"stage": receipt.stage, "group": receipt.group, "fingerprint": receipt.fingerprint}
+            events.write("job_done", **about, content=receipt.content, receipt=receipt_digest(receipt))
+            events.flush()
+            crash_point("job.told")
+            write_receipt(run.layout.out, receipt)
 
 
 def drop_old_receipts(out: Path, plan: StudyPlan) -> None:

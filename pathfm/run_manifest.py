@@ -18,6 +18,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -164,6 +165,11 @@ def chain_heads(out: Path) -> list[dict[str, Any]]:
                 os.fsync(file.fileno())
             heads.append({"file": path.relative_to(out).as_posix(), **read_end(file).head._asdict()})
     return heads
+
+
+def receipt_digest(receipt: Receipt) -> str:
+    """SHA-256 over all that a receipt says: the event of its job has it."""
+    return fingerprint(asdict(receipt))
 
 
 def unended_runs(out: Path) -> set[str]:

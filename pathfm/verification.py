@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pathfm.batch.verified import check_results
-from pathfm.chain import chain_files, told
+from pathfm.chain import PATTERN, chain_files, told
 from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, StoreError, UsageError
+from pathfm.exporting import CONTENT, FILES
 from pathfm.log import plural, say, track
 from pathfm.offline import SUMS, check_carried
-from pathfm.run_manifest import manifest_files
+from pathfm.run_manifest import manifest_files, receipt_digest
 from pathfm.store.commit import content_digest, read_json
 from pathfm.store.manifest import file_digest, manifest_of
 from pathfm.store.receipts import BY_GROUP, FOLDER, STAGES, Receipt, read_receipt
@@ -21,6 +22,7 @@ from pathfm.store.receipts import BY_GROUP, FOLDER, STAGES, Receipt, read_receip
 THREADS = 4
 CARD, WEIGHTS, BUNDLE = "card.json", "model.safetensors", "bundle.json"
 WEIGHTS_DIGEST = "weights_sha256"
+NO_SUMS = f"{CARD} has no hashes of the other files: no export, or one of an earlier version"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +107,11 @@ def _differences(part: Part, digests: Mapping[Path, str], folder: Path) -> Itera
 
 
 def _stages(out: Path) -> Iterator[Part]:
-    """What the receipts of a study name, and whether they have changed since the last recorded run."""
-    known = _known_jobs(out)
+    """What the receipts of a study name, and whether events and manifests tell of just these receipts."""
+    known, told_jobs = _known_jobs(out), _told_jobs(out)
     for stage in STAGES:
         wanted: dict[Path, str] = {}
-        problems, notes = [], []
+        problems, notes = list[str](), list[str]()
         paths = sorted((out / FOLDER / stage).glob("*.json"))
         for path in paths:
             try:
@@ -120,13 +122,10 @@ def _stages(out: Path) -> Iterator[Part]:
             if not receipt:
                 continue
             wanted |= {out / name: digest for name, digest in receipt.all_artifacts.items()}
-            was = known.get(f"{stage}/{path.stem}")
-            if not was or was.content == receipt.content:
-                continue
-            what = f"{FOLDER}/{stage}/{path.name}: of other content than when the last recorded run ended"
-            is_note = _is_explained(out, receipt, was)
-            notes += [what] if is_note else []
-            problems += [] if is_note else [f"{what}, and nothing has worked on its slides since"]
+            was, name = known.get(f"{stage}/{path.stem}"), f"{FOLDER}/{stage}/{path.name}"
+            doubt, is_problem = _doubt(receipt, was, told_jobs) if told_jobs else _doubt_of_old(out, receipt, was)
+            if doubt:
+                (problems if is_problem else notes).append(f"{name}: {doubt}")
         if paths:
             yield Part(stage, wanted, problems=tuple(problems), notes=tuple(notes))
 
@@ -161,6 +160,50 @@ def _known_jobs(out: Path) -> dict[str, Known]:
         found = {name: Known(*job, heads) for name, job in jobs.items()}
         known = found | {name: was for name, was in known.items() if name in found and found[name].content == was.content}
     return known
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an event tells of a receipt: its hash, and the place of the event."""
+
+    digest: str
+    file: str
+    sequence: int
+
+
+def _told_jobs(out: Path) -> dict[tuple[str, str], list[Told]]:
+    """Stage and group -> all receipts that jobs have told of. Empty: they are all of versions that told of none."""
+    jobs: dict[tuple[str, str], list[Told]] = {}
+    for path in sorted(out.glob(PATTERN)):
+        for said in told(path, "job_done"):
+            line = Told(str(said.get("receipt")), path.name, said["sequence"])
+            jobs.setdefault((str(said.get("stage")), str(said.get("group"))), []).append(line)
+    return jobs
+
+
+def _doubt(receipt: Receipt, known: Known | None, told_jobs: Mapping[tuple[str, str], list[Told]]) -> tuple[str, bool]:
+    """What is strange about a receipt, and whether that is a problem: one that nobody has told of is."""
+    digest, lines = receipt_digest(receipt), told_jobs.get((receipt.stage, receipt.group), [])
+    fitting = [line for line in lines if line.digest == digest]
+    is_same = known is not None and known.content == receipt.content
+    if not fitting and (lines or not is_same):  # a job of an earlier version has only the manifest to tell of it
+        return "no event tells of it: altered, or made up", True
+    if known is None or is_same:
+        return "", False
+    other = "of other content than when the last recorded run ended"
+    if any(line.sequence > known.heads.get(line.file, 0) for line in fitting):  # that run was killed, or is still going
+        return other, False
+    return f"{other}, and no event tells of such work since", True
+
+
+def _doubt_of_old(out: Path, receipt: Receipt, known: Known | None) -> tuple[str, bool]:
+    """The same for a study whose jobs have told of no receipt."""
+    if known is None or known.content == receipt.content:
+        return "", False
+    other = "of other content than when the last recorded run ended"
+    if _is_explained(out, receipt, known):
+        return other, False
+    return f"{other}, and nothing has worked on its slides since", True
 
 
 def _is_explained(out: Path, receipt: Receipt, known: Known) -> bool:
@@ -211,16 +254,22 @@ def _encoders(folder: Path) -> Iterator[Part]:
     for place in places:
         if not (place / CARD).is_file():
             continue
-        problems: list[str] = []
+        problems, notes = list[str](), list[str]()
         wanted: dict[Path, str] = {}
         try:
-            manifest_of(place)
-            stated = read_json(place / CARD).get(WEIGHTS_DIGEST)
-            wanted = {place / WEIGHTS: str(stated)} if stated else {}
+            card = read_json(place / CARD)
+            wanted = {place / WEIGHTS: str(card[WEIGHTS_DIGEST])} if WEIGHTS_DIGEST in card else {}
+            if isinstance(files := card.get(FILES), dict):
+                wanted |= {place / name: str(digest) for name, digest in files.items()}
+                problems += [] if card.pop(CONTENT, "") == fingerprint(card) else [f"{CARD}: differs from what was made"]
+            else:
+                manifest_of(place)
+                # Receipts of a study look after its own encoders.
+                notes += [NO_SUMS] if place == folder else []
         except StoreError as error:
             problems.append(error.what)
         name = "" if place == folder else f" {place.relative_to(folder).as_posix()}"
-        yield Part(f"encoder{name}", wanted, file_digest, tuple(problems))
+        yield Part(f"encoder{name}", wanted, file_digest, tuple(problems), notes=tuple(notes))
 
 
 def _results(folder: Path) -> Iterator[Part]:

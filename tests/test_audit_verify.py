@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from pathfm.audit import audit
 from pathfm.batch.results import Outbox
-from pathfm.errors import UsageError
+from pathfm.batch.verified import _in_order
+from pathfm.config import fingerprint
+from pathfm.errors import ExitCode, UsageError
 from pathfm.events import Events
+from pathfm.jobs import Made, write_receipts
 from pathfm.run_manifest import RunManifest
 from pathfm.store.commit import content_digest
-from pathfm.store.receipts import Receipt, SlideReceipt, write_receipt
+from pathfm.store.receipts import Receipt, SlideReceipt, read_receipt, receipt_path, write_receipt
+from pathfm.study_plan import Planned
 from pathfm.verification import verify
 
 
@@ -86,7 +97,16 @@ def recorded(out):
     return [out / "predictions.csv"]
 
 
-KINDS = (study, bundle, encoder, outbox, recorded)
+def export(out):
+    """What ``pathfm export encoder`` writes, with hashes of all of it in the card."""
+    texts = {"model.safetensors": "w", "config.json": "{}", "README.md": "r", "manifest.csv": "slide\n", "model.onnx": "o"}
+    files = {name: _sha(_write(out / name, text)) for name, text in texts.items()}
+    card = {"weights_sha256": files["model.safetensors"], "manifest_sha256": files["manifest.csv"], "mpp": 0.5, "files": files}
+    _write(out / "card.json", json.dumps({**card, "content": fingerprint(card)}))
+    return [out / name for name in texts]
+
+
+KINDS = (study, bundle, encoder, outbox, recorded, export)
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -173,6 +193,91 @@ def test_a_receipt_that_nothing_can_have_made_is_a_problem(tmp_path, capsys):
     )
 
 
+def work(out, stage, content):
+    """A job of any stage, as both engines end it."""
+    made = _write(out / "made" / stage, content)
+    run = SimpleNamespace(layout=SimpleNamespace(out=out))
+    write_receipts(run, [Planned(stage, "all", "f", {"seed": 1}, {}, ())], Made(whole=(made,)))
+    return receipt_path(out, stage, "all")
+
+
+def forged(out, stage, content, **other):
+    """Another artifact, and the receipt that fits it."""
+    path = receipt_path(out, stage, "all")
+    _write(out / "made" / stage, content)
+    made = {f"made/{stage}": content_digest(out / "made" / stage)}
+    write_receipt(out, replace(read_receipt(path), artifacts=made, **other))
+
+
+@pytest.mark.parametrize("stage", ["check", "tile", "pretrain", "extract", "mil", "report"])
+def test_a_forged_receipt_is_a_problem_in_every_stage(tmp_path, stage, capsys):
+    out, untold = tmp_path / "x", f"  receipts/{stage}/all.json: no event tells of it: altered, or made up\n"
+    with RunManifest(out, "run"):
+        work(out, stage, "first")
+    assert verify(out) == ExitCode.DONE
+    forged(out, stage, "forged")
+    for _ in range(2):
+        assert verify(out) == ExitCode.SOME_FAILED and untold in capsys.readouterr().out
+        with RunManifest(out, "run"):  # a run that finds it up to date does not make it true
+            pass
+    work(out, stage, "second")
+    assert verify(out) == ExitCode.DONE
+    assert "note: receipts" in capsys.readouterr().out  # its run was killed, or is still going
+    with RunManifest(out, "run"):
+        pass
+    assert verify(out) == audit(out) == ExitCode.DONE
+    assert "note" not in capsys.readouterr().out
+    forged(out, stage, "first")  # put back, as it was told of once
+    assert verify(out) == ExitCode.SOME_FAILED
+    assert "ended, and no event tells of such work since" in capsys.readouterr().out
+    forged(out, stage, "second", settings={"seed": 2})
+    assert verify(out) == ExitCode.SOME_FAILED and untold in capsys.readouterr().out
+    forged(out, stage, "second", settings={"seed": 1})
+    assert verify(out) == ExitCode.DONE
+    write_receipt(out, Receipt("tile", "9-of-9", "f"))
+    assert verify(out) == ExitCode.SOME_FAILED
+    assert "receipts/tile/9-of-9.json: no event tells of it" in capsys.readouterr().out
+
+
+def test_receipts_of_an_earlier_version_are_known_by_their_manifest(tmp_path, capsys):
+    out = tmp_path / "x"
+    study(out)
+    with RunManifest(out, "run"):
+        work(out, "check", "first")
+    assert verify(out) == ExitCode.DONE
+    assert "note" not in capsys.readouterr().out
+    _write(out / "report/index.html", "another page")
+    made = {"report/index.html": content_digest(out / "report/index.html")}
+    write_receipt(out, Receipt("report", "all", "f", artifacts=made))
+    assert verify(out) == ExitCode.SOME_FAILED
+
+
+def test_a_kill_between_event_and_receipt_is_mended_by_the_next_job(tmp_path):
+    out = tmp_path / "x"
+    with RunManifest(out, "run"):
+        work(out, "tile", "first")
+    code = f"from pathlib import Path; from tests.test_audit_verify import work; work(Path({str(out)!r}), 'mil', 'made')"
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PATHFM_CRASH_AT": "job.told"}, check=False)
+    assert killed.returncode == -signal.SIGKILL and (out / "made/mil").is_file()
+    assert not receipt_path(out, "mil", "all").exists()
+    assert verify(out) == audit(out) == ExitCode.DONE
+    work(out, "mil", "made")
+    assert verify(out) == audit(out) == ExitCode.DONE
+
+
+def test_a_card_of_an_export_that_was_altered_and_one_without_hashes(tmp_path, capsys):
+    out = tmp_path / "x"
+    export(out)
+    card = json.loads((out / "card.json").read_text())
+    _write(out / "card.json", json.dumps(card | {"mpp": 0.25}))
+    assert verify(out) == ExitCode.SOME_FAILED
+    assert "  card.json: differs from what was made" in capsys.readouterr().out
+    _write(out / "card.json", json.dumps({name: value for name, value in card.items() if name not in {"files", "content"}}))
+    _write(out / "README.md", "another")
+    assert verify(out) == ExitCode.DONE
+    assert "note: card.json has no hashes of the other files" in capsys.readouterr().out
+
+
 def test_results_that_are_swapped_copied_or_gone(tmp_path, capsys):
     out = tmp_path / "x"
     outbox(out)
@@ -238,3 +343,8 @@ def test_a_folder_of_something_else(tmp_path):
         verify(tmp_path / "nothere")
     with pytest.raises(UsageError, match="nothing here says"):
         verify(tmp_path)
+
+
+def test_a_clock_that_was_set_back_does_not_bring_later_events_forward():
+    first, later, other = {"time": "2030-02"}, {"time": "2030-01"}, {"time": "2030-03"}
+    assert _in_order([[other], [first, later]]) == [first, later, other]

@@ -18,6 +18,7 @@ from pathfm.pretrain_settings import PretrainSettings
 from pathfm.store.commit import content_digest
 from pathfm.store.manifest import manifest_of, write_manifest
 from pathfm.store.tile_store import write_tiles
+from pathfm.verification import verify
 
 SETTINGS = PretrainSettings(backbone="vit_tiny_patch16_224", steps=9)
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
@@ -70,6 +71,25 @@ def test_the_folder_says_what_the_encoder_is(study, tmp_path, capsys):
         assert words in told
     vit = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True)
     assert vit(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
+
+
+def test_every_file_of_an_export_is_hashed(study, tmp_path, capsys):
+    out = tmp_path / "e"
+    export_encoder_folder(study, out, Wanted())
+    assert set(json.loads((out / "card.json").read_text())["files"]) == {
+        *("config.json", "model.safetensors", "README.md", "manifest.csv")
+    }
+    assert verify(out) == 0
+    for name in ("config.json", "README.md", "manifest.csv", "card.json"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole.replace(b"1", b"2", 1))
+        capsys.readouterr()
+        assert verify(out) == 3
+        assert f"  {name}: differs from what was made" in capsys.readouterr().out
+        (out / name).write_bytes(whole)
+    (out / "README.md").unlink()
+    assert verify(out) == 3
+    assert "  README.md: missing" in capsys.readouterr().out
 
 
 def test_the_code_on_the_card_runs(study, tmp_path):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from pathfm import workers
 from pathfm.config import load_study
 from pathfm.errors import ExitCode, UsageError
-from pathfm.jobs import Jobs, drop_old_receipts, run_job, write_receipts
+from pathfm.jobs import Jobs, Made, drop_old_receipts, run_job, write_receipts
+from pathfm.mil.plan import check_plan
 from pathfm.running import RunOptions, explained, plan_study, run_study, summary
-from pathfm.store.commit import content_digest
-from pathfm.store.receipts import read_receipt, read_receipts, receipt_path, write_receipt
+from pathfm.store.commit import content_digest, read_json, write_json
+from pathfm.store.receipts import read_receipt, receipt_path, write_receipt
 from pathfm.study_plan import make_plan, plan_file, read_plan, write_plan
-from pathfm.workflow import begin
-from tests.flows.conftest import STUDY
+from pathfm.workflow import begin, study_to_oneself
+from tests.flows.conftest import STUDY, read_receipts
 
 GROUPS = "compute.group_slides=4"
 COMPARED = ("tiles", "encoder", "features", "mil", "report", "receipts")
@@ -169,6 +172,37 @@ def test_what_is_only_asked_for_writes_nothing(study, capsys):
     assert not study.out.exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("mil.aggregator=clammb", "no aggregator is named 'clammb', did you mean 'clam-mb'"),
+        ("mil.options={gates: 2}", "abmil has no option 'gates'"),
+        ("mil.search={aggregator: [mean, maxx]}", "no aggregator is named 'maxx'"),
+        ("mil.search={lr: [0.1, fast]}", "mil.search.lr"),
+        ("mil.search_folds=5", "too few patients per class for 5 folds"),
+        ("mil.folds=50", "too few patients per class for 50 folds"),
+        ("mil.split={scheme: site}", "mil.split|site"),
+        ("mil.split={scheme: file, file: none.json}", "none.json"),
+        ("mil.label=labl", "did you mean 'label'"),
+        ("mil.numbers.subgroups=[sitee]", "no column 'sitee'"),
+    ],
+)
+def test_what_mil_could_not_do_is_refused_before_anything_is_made(study, study_file, setting, said):
+    search = ["mil.search={lr: [0.1, 0.01]}"] if "search_folds" in setting else []
+    wrong = load_study(study_file, [GROUPS, *search, setting])
+    for command in (run_study, plan_study, lambda study: run_study(study, RunOptions(dry_run=True))):
+        with pytest.raises(UsageError, match=said):
+            command(wrong)
+    assert not [path.name for path in study.out.glob("*") if path.name in {"study.yaml", "tiles", "receipts"}]
+    assert run_study(wrong, RunOptions(dry_run=True, until="extract")) == ExitCode.DONE, "mil is not asked for"
+
+
+def test_the_split_before_pretraining_is_tried_too(study_file):
+    study = load_study(study_file, ["mil.seen_in_pretraining=exclude"])
+    check_plan(study, begin(study).cohort, study.out / "mil")
+    assert not (study.out / "mil").exists()
+
+
 def test_features_from_elsewhere_are_refused_with_the_command_that_takes_them(study, tmp_path):
     given = study.model_copy(update={"mil": study.mil.model_copy(update={"features": tmp_path})})
     with pytest.raises(UsageError, match="pathfm mil train"):
@@ -186,11 +220,67 @@ def test_jobs_want_the_settings_that_were_planned(study, tmp_path):
         run_job(study.out, "tile", "9-of-9")
     with pytest.raises(UsageError, match="has not run"):
         run_job(study.out, "report")
+    write_json(plan_file(study.out), read_json(plan_file(study.out)) | {"format": 1})
+    with pytest.raises(UsageError, match="another version"):
+        read_plan(study.out)
 
 
-def test_a_stage_that_does_not_exist(study):
-    with pytest.raises(UsageError, match="there is no stage 'train'"):
-        run_study(study, RunOptions(until="train"))
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"until": "train"}, "there is no stage 'train'"),
+        ({"forcerun": ("tile", "mil"), "until": "extract"}, "--forcerun mil is about a stage after --until extract"),
+        ({"retrain_encoder": True, "until": "tile"}, "--retrain-encoder is about a stage after --until tile"),
+        ({"engine": "snakemake", "why": True, "unlock": True}, "--why and --unlock are two things"),
+        ({"engine": "snakemake", "dry_run": True, "snakemake_report": True}, "--dry-run and --snakemake-report"),
+        ({"why": True, "profile": "slurm"}, "--profile is for Snakemake"),
+        ({"engine": "snakemake", "profile": "nosuch"}, "there is no such profile|needs Snakemake"),
+        ({"replay": Path("record.json"), "yes": True}, "a replay does the whole"),
+    ],
+)
+def test_options_that_would_be_passed_over_without_a_word_are_refused(study, options, said):
+    with pytest.raises(UsageError, match=said):
+        run_study(study, RunOptions(**options))
+    assert not study.out.exists()
+
+
+def test_nothing_is_planned_while_an_engine_works_on_the_study(study, monkeypatch):
+    monkeypatch.setattr("pathfm.running.make_plan", lambda *arguments: pytest.fail("it was planned"))
+    with study_to_oneself(study.out):
+        for command in (run_study, plan_study):
+            with pytest.raises(UsageError, match="another engine works on this study"):
+                command(study)
+
+
+def test_an_engine_of_this_machine_is_known_at_once_and_those_of_others_are_watched(study, monkeypatch):
+    class Waits(Exception):
+        pass
+
+    def wait(seconds):
+        raise Waits
+
+    monkeypatch.setattr("time.sleep", wait)
+    workers._host.cache_clear()
+    monkeypatch.setattr("platform.node", lambda: "login-1.cluster")
+    with study_to_oneself(study.out):
+        with pytest.raises(UsageError, match="host login_1, pid"), study_to_oneself(study.out):
+            pass
+        workers._host.cache_clear()
+        monkeypatch.setattr("platform.node", lambda: "login")
+        with pytest.raises(Waits), study_to_oneself(study.out):
+            pass
+    workers._host.cache_clear()
+
+
+def test_an_encoder_that_has_learned_from_all_slides_is_not_retrained(study, monkeypatch, capsys):
+    monkeypatch.setattr("pathfm.running._in_this_process", lambda run, plan: None)
+    run = begin(study)
+    write_receipts(run, make_plan(run).of("pretrain"), Made())
+    assert run_study(study, RunOptions(retrain_encoder=True)) == ExitCode.DONE, "there is no price to accept"
+    assert "the encoder was pretrained on just these slides: it stays as it is" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="add --yes"):
+        run_study(_other_table(study, lambda lines: lines[:-1]), RunOptions(retrain_encoder=True))
+    assert "the encoder is pretrained anew" in capsys.readouterr().out
 
 
 @pytest.mark.long
