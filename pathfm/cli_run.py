@@ -52,7 +52,7 @@ def run(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="The price of --retrain-encoder is accepted.")] = False,
     profile: Annotated[str, typer.Option(help="Snakemake's: local, slurm, or a folder of your own.")] = "local",
-    jobs: Annotated[int, typer.Option(help="How many jobs Snakemake may run at once; 0: as the profile says.")] = 0,
+    jobs: Annotated[int, typer.Option(help="How many jobs Snakemake may run at once; 0: as the profile says.", min=0)] = 0,
     dag: Annotated[Path | None, typer.Option(help="Only draw Snakemake's jobs into this file (svg, png, dot, mmd).")] = None,
     unlock: Annotated[bool, typer.Option("--unlock", help="Only remove the lock that a killed Snakemake left.")] = False,
     snakemake_report: Annotated[bool, typer.Option("--snakemake-report", help="Also write Snakemake's own report.")] = False,
@@ -136,7 +136,7 @@ def batch(
     if bundle is None or inbox is None:
         raise typer.BadParameter("needed: --bundle FOLDER and --inbox FOLDER")
     from pathfm.batch.night import batch as run_batch
-    from pathfm.batch.runner import BatchOptions
+    from pathfm.batch.options import BatchOptions
 
     wanted = BatchOptions(watch, settle, sentinel, round, min_free_gb, new_bundle, pseudonym_key, dicom)
     finish(run_batch(bundle, inbox, outbox, wanted, settings or ()))
@@ -156,7 +156,9 @@ def audit(
         from pathfm.log import say
 
         make_key(new_key)
-        say(f"key: {new_key}, which only you can read; use it with: export PATHFM_AUDIT_KEY={new_key.absolute()}")
+        say(f"key: {new_key}, which only you can read; take one for each use:")
+        say(f"  to prove records: export PATHFM_AUDIT_KEY={new_key.absolute()}")
+        say(f"  for pseudonyms: pathfm batch --pseudonym-key {new_key.absolute()}, or cohort.pseudonym_key of a study")
         return
     if folder is None:
         raise typer.BadParameter("name the folder to check, or --new-key FILE")
@@ -175,15 +177,17 @@ def verify(
 
 
 def pseudonyms(
-    table: Annotated[Path, typer.Argument(help="A cohort table.")],
-    key: Annotated[Path, typer.Option(help="The key of cohort.pseudonym_key.")],
+    table: Annotated[Path, typer.Argument(help="A cohort table, or the inbox of a night batch.")],
+    key: Annotated[Path, typer.Option(help="The key of cohort.pseudonym_key, or of --pseudonym-key.")],
     out: Annotated[Path, typer.Option(help="CSV that says who is who; only its owner can read it.")],
 ) -> None:
     """Write who is who among pseudonyms, for whoever holds the key."""
+    from pathfm.batch.names import write_inbox_pseudonyms
     from pathfm.log import say
     from pathfm.store.pseudonyms import write_pseudonyms
 
-    say(f"{write_pseudonyms(table, key, out)} slides: {out}")
+    write = write_inbox_pseudonyms if table.is_dir() else write_pseudonyms
+    say(f"{write(table, key, out)} slides: {out}")
 
 
 def sbom(out: Annotated[Path, typer.Option(help="The JSON file.")] = Path("sbom.json")) -> None:

@@ -6,7 +6,8 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from pathfm.errors import PathfmError
@@ -15,6 +16,14 @@ from pathfm.slides.reader import dicom_files
 
 LOOKS = 2
 """A slide must have been seen unchanged so often, however long ago it was written: clocks of network drives may be wrong."""
+
+USUAL = frozenset(
+    {".xml", ".json", ".geojson", ".txt", ".csv", ".tsv", ".xlsx", ".docx", ".pdf", ".htm", ".html", ".md", ".log", ".ini"}
+    | {".db", ".dat", ".md5", ".sha1", ".sha256", ".ndpa", ".ndpis", ".qpdata", ".annotations", ".url", ".lnk"}
+    | {".part", ".partial", ".filepart", ".crdownload", ".tmp", ".done", ".ok", ".ready"}
+)
+"""Suffixes of what scanners, viewers and copying leave beside slides."""
+USUAL_NAMES = frozenset({"dicomdir", "readme", "license", "sha256sums", "md5sums"})
 
 
 class InboxError(PathfmError):
@@ -40,10 +49,23 @@ class Glance(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a look found: slides that are whole, and those that may still be written; each the oldest first."""
+    """What a look found.
+
+    Attributes:
+        whole: slides that are whole, the oldest first.
+        unsettled: those that may still be written, the oldest first.
+        ignored: files below the inbox that are no slides by their suffix, by name; hidden files and sentinels are none of them.
+    """
 
     whole: tuple[Glance, ...]
     unsettled: tuple[Glance, ...]
+    ignored: tuple[str, ...] = ()
+
+
+def is_usual(file: str) -> bool:
+    """Whether a file that is no slide is one that often lies beside slides; others may be slides that cannot be read."""
+    path = PurePath(file.lower())
+    return path.suffix in USUAL or path.name in USUAL_NAMES
 
 
 @dataclass
@@ -55,12 +77,14 @@ class Inbox:
         settle_s: a slide is whole when it was unchanged for so long [s], in at least ``LOOKS`` looks.
         sentinel: instead, a slide is whole when the file of its name with this at the end is there; empty: none.
         clock: seconds that never go back.
+        outbox: pictures in it are no slides, whatever link leads there.
     """
 
     folder: Path
     settle_s: float = 30.0
     sentinel: str = ""
     clock: Callable[[], float] = time.monotonic
+    outbox: Path | None = None
     _seen: dict[str, tuple[str, float, int]] = field(default_factory=dict)
 
     def look(self) -> Look:
@@ -69,24 +93,36 @@ class Inbox:
         Raises:
             InboxError: the inbox cannot be searched.
         """
+        try:  # a drive that is away may fail whatever is asked of it
+            glances, ignored = self._glances()
+            before, self._seen = self._seen, {}
+            whole = {glance.file: self._is_whole(glance, before) for glance in glances}
+        except OSError as error:
+            raise InboxError(f"the inbox cannot be read ({error.strerror})", fix="check its drive and permissions") from error
+        return Look(
+            tuple(glance for glance in glances if whole[glance.file]),
+            tuple(glance for glance in glances if not whole[glance.file]),
+            ignored,
+        )
+
+    def _glances(self) -> tuple[list[Glance], tuple[str, ...]]:
+        """All slides, the oldest first (of copies that arrive together, it gives the result its name), and all other files."""
         if not self.folder.is_dir():
             raise InboxError("the inbox cannot be read: there is no such folder", fix="check its drive")
         try:
-            found = discover([self.folder]).slides
-        except OSError as error:
-            raise InboxError(f"the inbox cannot be read ({error.strerror})", fix="check its drive and permissions") from error
+            found, others = discover([self.folder])
         except PathfmError as error:
             # Its words name files, and this ends in files that are shown to others.
             what = "two slides in the inbox would have one name: A__B.svs is called like A/B.svs"
             raise InboxError(what, fix="rename one of them") from error
-        # Of copies that arrive together, the oldest gives the result its name.
+        if self.outbox is not None:
+            ours, places = self.outbox.resolve(), {path.parent for path in (*others, *(slide.path for slide in found))}
+            inside = {place for place in places if place.resolve().is_relative_to(ours)}
+            found = tuple(slide for slide in found if slide.path.parent not in inside)
+            others = tuple(path for path in others if path.parent not in inside)
         glances = sorted((self._glance(*slide) for slide in found), key=lambda glance: (glance.changed_ns, glance.file))
-        before, self._seen = self._seen, {}
-        whole = {glance.file: self._is_whole(glance, before) for glance in glances}
-        return Look(
-            tuple(glance for glance in glances if whole[glance.file]),
-            tuple(glance for glance in glances if not whole[glance.file]),
-        )
+        ignored = (path for path in others if not (self.sentinel and path.name.endswith(self.sentinel)))
+        return glances, tuple(path.relative_to(self.folder).as_posix() for path in ignored)
 
     def _glance(self, slide_id: str, path: Path) -> Glance:
         # A DICOM series that fills the inbox is the inbox itself, and is called by its folder.
@@ -136,11 +172,22 @@ def _below(folder: Path) -> dict[str, Path]:
 
 def _series(path: Path) -> dict[str, Path]:
     """The files of one DICOM series among others; the file alone where it cannot be opened."""
+    series = _series_uid(path)
+    together = [file for file in dicom_files(path.parent) if _series_uid(file) == series] if series else []
+    return {file.name: file for file in together or [path]}
+
+
+def _series_uid(path: Path) -> str | None:
+    stat = path.stat()
+    return _series_uid_of(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=1 << 16)
+def _series_uid_of(path: Path, *_stat: int) -> str | None:
+    """Every series of a folder asks for that of every file in it, at every look."""
     from pathfm.slides.openslide_reader import dicom_series
 
-    series = dicom_series(path)
-    together = [file for file in dicom_files(path.parent) if dicom_series(file) == series] if series else []
-    return {file.name: file for file in together or [path]}
+    return dicom_series(path)
 
 
 def stamp_of(path: Path) -> str:

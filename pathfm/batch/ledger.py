@@ -3,11 +3,15 @@
 Only ever appended to, flushed to disk line by line, and read once when a run begins. A line that a kill cut short is the
 last one, and is dropped: what it would have said is found out again. Attempts are written before work starts, so that a
 slide that kills the run is known by the next.
+
+Each line is told of by an event, with the hash of the whole ledger up to it, once it is on the disk. A kill between the two
+leaves one line that no event tells of: the next run tells how it found the ledger before it writes.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 from collections import Counter
@@ -19,6 +23,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from pathfm.errors import StoreError, UsageError
+from pathfm.events import Events
 from pathfm.faults import crash_point
 from pathfm.store.commit import disk_errors
 
@@ -66,10 +71,11 @@ class Ledger:
     """All entries, as the lines of the file tell them, and the writer of further ones.
 
     Args:
-        path: the file; it is made if it is absent.
+        path: the file; it is made if it is absent. Its events go into its folder.
 
     Raises:
         StoreError: the file is damaged, or of another version of pathfm, or cannot be written.
+        UsageError: ``PATHFM_AUDIT_KEY`` names a file that has no key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,15 +83,15 @@ class Ledger:
         self.entries: dict[str, Entry] = {}
         self.bundle, self.names = "", ""
         self._cache: dict[str, tuple[str, str]] = {}
-        self._end = 0
-        is_new = not path.is_file()
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = path.open("a+b", buffering=0)
+        self._end, self._told, self._hash = 0, 0, hashlib.sha256()
         with ExitStack() as stack:
-            stack.callback(self.close)
+            self._events = stack.enter_context(Events(path.parent))
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._stream = stack.enter_context(path.open("a+b", buffering=0))
             self._replay()
-            if is_new or self._stream.tell() == 0:
+            self._tell("ledger_opened")
+            if self._end == 0:
                 self._write("ledger", format=FORMAT)
             stack.pop_all()
 
@@ -94,6 +100,7 @@ class Ledger:
         data = self._stream.read()
         whole = data[: data.rfind(b"\n") + 1]
         self._end = len(whole)
+        self._hash.update(whole)
         if self._end < len(data):
             self._stream.truncate(self._end)
         for number, line in enumerate(whole.splitlines(), 1):
@@ -111,6 +118,13 @@ class Ledger:
             self._append(json.dumps(line).encode() + b"\n")
         self._apply(line)
         crash_point(f"batch.ledger.{kind}")
+        self._tell("ledger_written")
+
+    def _tell(self, kind: str) -> None:
+        """Tells how much there is of the ledger, and the hash of that."""
+        self._events.write(kind, bytes=self._end, sha256=self._hash.hexdigest())
+        self._events.flush()
+        self._told = self._end
 
     def _append(self, line: bytes) -> None:
         """Writes a line, whole or not at all: what a full disk cut short is taken back, or else before the next line."""
@@ -126,6 +140,7 @@ class Ledger:
                 self._stream.truncate(self._end)
             raise
         self._end += len(line)
+        self._hash.update(line)
 
     def _apply(self, line: dict[str, Any]) -> None:
         """What one line says; of a kind that is not known it is an error, since a newer pathfm may mean anything by it."""
@@ -228,18 +243,25 @@ class Ledger:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Slides done (of which abstained: predicted without a decision, or without tissue) and quarantined, and duplicates."""
+        """Slides done (of which abstained: predicted without a decision, or without tissue) and quarantined, and
+        duplicates; a copy of a quarantined one is none, for it has a record of its own."""
         states = Counter(entry.state for entry in self.entries.values())
         return {
             "done": states["done"],
             "abstained": sum(entry.state == "done" and entry.outcome != "predicted" for entry in self.entries.values()),
             "quarantined": states["quarantined"],
-            "duplicates": sum(len(entry.files) - 1 for entry in self.entries.values()),
+            "duplicates": sum(len(entry.files) - 1 for entry in self.entries.values() if entry.state != "quarantined"),
         }
 
     def close(self) -> None:
-        """Writes no more."""
+        """Writes no more. Closing twice is allowed."""
+        # What an interrupted write, or another run that has taken the outbox over, has left there is for the next run to tell.
+        if not self._stream.closed and self._stream.seek(0, os.SEEK_END) == self._end:
+            if self._told != self._end:
+                self._tell("ledger_written")
+            self._tell("ledger_closed")
         self._stream.close()
+        self._events.close()
 
     def __enter__(self) -> Self:
         return self

@@ -16,8 +16,9 @@ from pathlib import Path
 from pathfm.batch.inbox import Inbox
 from pathfm.batch.ledger import FILE as LEDGER
 from pathfm.batch.ledger import Ledger
+from pathfm.batch.options import BatchOptions
 from pathfm.batch.results import Outbox
-from pathfm.batch.runner import BatchOptions, Control, Runner
+from pathfm.batch.runner import Control, Runner
 from pathfm.batch.stop import Stop
 from pathfm.chain import read_key
 from pathfm.errors import ExitCode, MissingExtraError, UsageError
@@ -47,7 +48,8 @@ def batch(
         overrides: settings that the bundle leaves open, as for ``pathfm mil predict``.
 
     Returns:
-        SOME_FAILED when this run put slides into quarantine, INTERRUPTED when it was stopped before all was done.
+        SOME_FAILED when this run put slides into quarantine, or found files that may be slides of a kind that cannot be read;
+        INTERRUPTED when it was stopped before all was done.
 
     Raises:
         UsageError: the bundle, the folders or another run do not allow it.
@@ -71,7 +73,7 @@ def batch(
             say("this bundle has no drift reference: slides are not compared with those of the training")
         with Ledger(box.folder / LEDGER) as ledger, Events(box.folder) as events:
             ledger.use(predictor.bundle.digest, read_key(key).id if key else "", options.new_bundle)
-            seen = Inbox(inbox.absolute(), options.settle_s, options.sentinel)
+            seen = Inbox(inbox.absolute(), options.settle_s, options.sentinel, outbox=box.folder)
             names = Pseudonyms(key) if key else None
             control = Control(replace(options, round=max(1, options.round)), stop, lease, names)
             return Runner(seen, box, ledger, events, predictor, control).run()

@@ -15,6 +15,7 @@ from pathfm import __version__
 from pathfm.batch.ledger import Entry
 from pathfm.config import fingerprint
 from pathfm.errors import StoreError
+from pathfm.events import Events
 from pathfm.faults import crash_point
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import commit_dir, read_json, recover, write_json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pathfm.mil.prediction_table import Result
 
 FORMAT, VERSION = "pathfm-result", 1
+STAGE = "batch"
 RESULT, PREDICTIONS = "result.json", "predictions.csv"
 PICTURES = {
     "heatmaps/{}.png": "heatmap.png",
@@ -99,8 +101,17 @@ class Outbox:
         """Records of slides that cannot be used."""
         return sorted(self.quarantine.glob("*.json"))
 
+    def drop_records(self, entry: Entry) -> None:
+        """Removes the records of a slide that has a result now, and of its copies."""
+        for path in self.quarantine.glob(f"*-{entry.identity[:8]}.json"):
+            path.unlink(missing_ok=True)
+
     def write_record(self, entry: Entry, reason: str) -> None:
-        """Writes why a slide cannot be used; the slide stays where it is."""
+        """Writes why a slide cannot be used; the slide stays where it is.
+
+        The event comes first: a record that none tells of was written by no run, and one that a kill prevents is written by the
+        next.
+        """
         facts = {
             "slide_id": shown(entry.slide_id),
             "identity": entry.identity,
@@ -109,6 +120,10 @@ class Outbox:
             "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "what to do": "mend the slide or take it out of the inbox, then remove this record: what is there is tried again",
         }
+        with Events(self.folder) as events:
+            about = {"slide_id": facts["slide_id"], "identity": entry.identity, "record": fingerprint(facts)}
+            events.write("quarantine_written", stage=STAGE, **about)
+        crash_point("batch.quarantine.told")
         write_json(self.record_of(entry), facts)
 
     def read_results(self) -> tuple[dict[str, Read], tuple[str, ...]]:
@@ -124,6 +139,8 @@ class Outbox:
         rows = index_rows(found)
         if rows:
             write_rows(self.index, rows)
+        else:
+            self.index.unlink(missing_ok=True)
 
 
 class Read(NamedTuple):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Predictor:
-    """A bundle, opened and checked once, that is asked about round after round.
+    """A bundle, opened, checked and loaded once, that is asked about round after round.
 
     Args:
         place: the bundle.
@@ -35,6 +35,7 @@ class Predictor:
         from pathfm.mil.predict import Ensemble
         from pathfm.prediction import check_locked_encoder, locked_study
 
+        self._files = _files_of(place)
         self.bundle = open_bundle(place)
         if self.bundle.facts["needs"]:
             what = f"this bundle needs {', '.join(self.bundle.facts['needs'])} for every slide, which nobody gives at night"
@@ -44,7 +45,7 @@ class Predictor:
             raise UsageError("a night batch has no shards", where="compute.shard", fix="leave it out")
         self.ensemble = Ensemble(self.bundle, pick_device(self.study.compute))
         self.drift = drift_reference(self.bundle)
-        check_locked_encoder(self._run({}), self.bundle)
+        self._sets = check_locked_encoder(self._run({}), self.bundle)
 
     def _run(self, slides: Mapping[str, Path]) -> Run:
         """The cohort is made here and not read from a table: a slide that has gone meanwhile must fail alone."""
@@ -55,8 +56,36 @@ class Predictor:
         return Run(self.study, Cohort(rows), Layout(self.study.out, tile_spec(tile, tile_settings_digest(tile))))
 
     def predict(self, slides: Mapping[str, Path]) -> Predicted:
-        """What the bundle says of slides, by slide_id; their pictures and tile stores are left in the folder of the round."""
-        from pathfm.prediction import check_known, predict_slides
+        """What the bundle says of slides, by slide_id; their pictures and tile stores are left in the folder of the round.
 
+        Raises:
+            BundleError: another bundle, or none that is whole, lies now where this one did.
+        """
+        from pathfm.mil.known import check_known
+        from pathfm.prediction import predict_slides
+
+        self._check_bundle()
         run = self._run(slides)
-        return predict_slides(run, self.ensemble, check_known(run, self.ensemble, "mark"))
+        known = check_known(run.study, run.cohort, self.ensemble, "mark")
+        return predict_slides(run, self.ensemble, known, self._sets)
+
+    def _check_bundle(self) -> None:
+        """What is loaded must still be what lies there: results name the bundle. Its bytes are read only if it was touched."""
+        from pathfm.mil.bundle import BundleError, open_bundle
+
+        folder = self.bundle.folder
+        if (files := _files_of(folder)) == self._files:
+            return
+        if open_bundle(folder).digest != self.bundle.digest:
+            fix = "put the former one back, or start again with --new-bundle if the change is meant"
+            raise BundleError("another bundle lies here than when this run began", where=str(folder), fix=fix)
+        self._files = files
+
+
+def _files_of(folder: Path) -> list[tuple[Path, int, int, int]]:
+    """Names, sizes, times of change and inode numbers of all files below a folder; nothing while it cannot be read."""
+    try:
+        found = [(path, path.lstat()) for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    except OSError:
+        return []
+    return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import hashlib
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pathfm.batch.health import Health, State, in_words, now
-from pathfm.batch.inbox import Glance, Inbox, InboxError, content_identity, stamp_of
+from pathfm.batch.health import Health, State, in_words, now, some_of
+from pathfm.batch.inbox import Glance, Inbox, InboxError, content_identity, is_usual, stamp_of
 from pathfm.batch.ledger import Entry, Ledger
+from pathfm.batch.options import BatchOptions
 from pathfm.batch.results import RESULT, Findings, Outbox, commit_result, outcome_of, shown, shown_decision
 from pathfm.batch.stop import Stop
 from pathfm.errors import ExitCode, PathfmError, SlideError, StoreError
@@ -23,7 +25,7 @@ from pathfm.faults import crash_point
 from pathfm.log import get_log, plural, quiet, say, status
 from pathfm.run_manifest import RunManifest
 from pathfm.store.cohort import id_problem
-from pathfm.store.commit import TROUBLE, read_json
+from pathfm.store.commit import TROUBLE, disk_errors, read_json
 from pathfm.store.interop.label_tables import folded
 from pathfm.store.lease import Lease, LeaseLostError
 from pathfm.store.manifest import file_digest
@@ -42,37 +44,19 @@ LOOK_S = 15.0
 GB = 1e9
 TROUBLES = tuple(what for what, _ in TROUBLE.values())
 """How the reason of a slide begins that failed by the drive of the outbox."""
+FULL = (TROUBLE[errno.ENOSPC][0], TROUBLE[errno.EDQUOT][0])
+"""What a drive says to whatever is written."""
+REMEMBERED = 1000
+"""Files that are no slides, by name: a later run does not tell of them again."""
+NO_MPP = " (set `mpp` for it in the cohort table"
+BY_HAND = " (predict it by hand: `pathfm mil predict --bundle BUNDLE TABLE.csv`, a table with slide_id, path and mpp)"
+"""What is advised elsewhere about a slide without mpp, and what goes for an inbox."""
 
 log = get_log(__name__)
 
 
 class NoRoomError(StoreError):
     """The drive of the outbox is too full to begin, or to finish, a round."""
-
-
-@dataclass(frozen=True)
-class BatchOptions:
-    """How a night batch works; but for the pseudonyms, nothing here changes a result.
-
-    Attributes:
-        watch: go on until told to stop, else end when nothing is left to do.
-        settle_s: a slide is whole when it was unchanged for so long [s].
-        sentinel: instead, a slide is whole when a file of its name with this at the end is there.
-        round: slides worked on together.
-        min_free_gb: no work is begun with less free space in the outbox [10^9 bytes].
-        new_bundle: another bundle than before is meant.
-        pseudonym_key: file with the key by which names of slides become pseudonyms.
-        dicom: also write DICOM objects.
-    """
-
-    watch: bool = False
-    settle_s: float = 30.0
-    sentinel: str = ""
-    round: int = 8
-    min_free_gb: float = 5.0
-    new_bundle: bool = False
-    pseudonym_key: Path | None = None
-    dicom: bool = False
 
 
 class Ready(NamedTuple):
@@ -110,7 +94,10 @@ class Runner:
         self.options, self.stop, self.lease, self.names = control
         self.health = Health(box.folder, predictor.bundle.digest)
         self.quarantined: list[str] = []
+        self.strange: list[str] = []
         self.waiting = 0
+        self._unsettled: Sequence[Glance] = ()
+        self._ignored = 0
         self._tables_are_old = True
 
     def run(self) -> ExitCode:
@@ -138,11 +125,11 @@ class Runner:
 
     @property
     def _exit_code(self) -> ExitCode:
-        return ExitCode.SOME_FAILED if self.quarantined else ExitCode.DONE
+        return ExitCode.SOME_FAILED if self.quarantined or self.strange else ExitCode.DONE
 
     def _end(self, state: State, error: str = "") -> None:
-        for entry in self.ledger.of_state("started"):
-            self.ledger.stop(entry)
+        self.stop.hold()  # who asks twice must not make slides under way look like those that a run died of
+        self._take_back()
         self.health.last_error = error
         self._tell(state)
         if self._tables_are_old:  # a round was broken off; that the run has ended is told when they are true again
@@ -151,9 +138,20 @@ class Runner:
         say(f"{state}: {in_words(self.health.counts)}")
         if self.quarantined:
             say(f"quarantined in this run: {', '.join(self.quarantined)}")
+        if self.strange:
+            say(f"ignored in this run, of no kind that can be read: {some_of(self.strange)}")
+
+    def _take_back(self) -> None:
+        """Takes back the attempts of a round that was broken off; a result that is there stays, and is told of."""
+        for entry in self.ledger.of_state("started"):
+            if self.box.has_result(entry):
+                self._note_done(entry)
+            else:
+                self.ledger.stop(entry)
 
     def _tell(self, state: State, current: Sequence[str] = ()) -> None:
-        self.health.counts = {**self.ledger.counts, "quarantined": len(self.box.records), "waiting": self.waiting}
+        counts = {"quarantined": len(self.box.records), "waiting": self.waiting, "ignored": self._ignored}
+        self.health.counts = {**self.ledger.counts, **counts}
         self.health.tell(state, current)
 
     def _recover(self) -> None:
@@ -175,35 +173,41 @@ class Runner:
         while ready := self._look():
             self._work(self._choose(ready))
         if self.waiting:
-            say(f"{plural(self.waiting, 'slide is', 'slides are')} still being written, and left for the next run")
+            names = some_of([shown(self._alias(glance.slide_id)) for glance in self._unsettled])
+            what = f"{plural(self.waiting, 'slide is', 'slides are')} still being written, and left for the next run"
+            say(f"{what}: {names}" if names else what)
 
     def _watch(self) -> None:
         pause_s = min(LOOK_S, max(0.1, self.options.settle_s / 2))
         while True:
             try:
+                self._take_back()
                 ready = self._look()
                 if ready:
                     self._work(self._choose(ready))
                     continue
             except InboxError as error:
                 self._wait("waiting for the inbox", error)
-            except NoRoomError as error:
+            except StoreError as error:
+                if not isinstance(error, NoRoomError) and error.what not in FULL:
+                    raise
                 self._wait("waiting for disk", error)
             time.sleep(pause_s)
 
     def _wait(self, state: State, error: PathfmError) -> None:
         if self.health.state != state:
             say(f"{state}: {error.reason}")
-        for entry in self.ledger.of_state("started"):
-            self.ledger.stop(entry)
-        self.health.last_error = error.reason
-        self._tell(state)
+        self.health.state, self.health.last_error = state, error.reason
+        with suppress(StoreError):  # a full drive takes not even this; what it did not take is told when it has room
+            self._tell(state)
+            self._take_back()
 
     def _look(self) -> list[Ready]:
         """Slides to work on; only as many new ones are hashed as the next round needs."""
         look = self.inbox.look()
         self.health.last_look, self.health.last_error = now(), ""
-        self.waiting, ready = len(look.unsettled), dict[str, Ready]()
+        self._unsettled, self.waiting, ready = look.unsettled, len(look.unsettled), dict[str, Ready]()
+        self._ignore(look.ignored)
         for glance in look.whole:
             entry = self.ledger.known(self._alias(glance.file), glance.stamp)
             if entry is None and sum(not slide.entry.suspect for slide in ready.values()) < self.options.round:
@@ -212,10 +216,29 @@ class Runner:
                 self.waiting += not self._unreadable(glance).is_file()
             elif entry.state == "waiting" and self._is_usable(entry):
                 ready.setdefault(entry.identity, Ready(entry, glance))
+            elif entry.state == "quarantined":
+                self._record_copy(entry, glance)
         self.waiting += len(ready)
         if not (ready and self.health.state == "waiting for disk"):
             self._tell("idle")
         return list(ready.values())
+
+    def _ignore(self, files: Sequence[str]) -> None:
+        """Tells, once, of files that may be slides, and are of no kind that can be read."""
+        names = {shown(self._alias(file)): is_usual(file) for file in sorted(files, key=is_usual)}
+        for name in sorted(names.keys() - set(self.health.ignored)):
+            if not names[name]:
+                self.strange.append(name)
+                status(name, "ignored", "of no kind that can be read: convert it, or take it out of the inbox")
+        self._ignored, self.health.strange = len(names), len(names) - sum(names.values())
+        self.health.ignored = tuple(names)[:REMEMBERED]
+
+    def _record_copy(self, entry: Entry, glance: Glance) -> None:
+        """A copy of what cannot be used has a record of its own: two transfers that failed are empty alike."""
+        file = self._alias(glance.file)
+        copy = Entry(entry.identity, self._alias(glance.slide_id), [file])
+        if file != entry.files[0] and not self.box.record_of(copy).is_file():
+            self._record(copy, f"as {shown(entry.slide_id)}: {entry.reason}")
 
     def _alias(self, name: str) -> str:
         """What a slide, or a file, is called outside of the inbox."""
@@ -236,17 +259,16 @@ class Runner:
         try:
             identity = content_identity(glance.path)
         except OSError as error:
-            if not record.is_file():
+            # A slide that was moved away meanwhile, and an inbox that went, are nothing to be told of.
+            if not record.is_file() and stamp_of(glance.path) == glance.stamp:
                 self._record(self._nameless(glance), f"the file cannot be read: {error.strerror}")
             return None
         record.unlink(missing_ok=True)
         if stamp_of(glance.path) != glance.stamp:
             return None
         entry = self.ledger.add(self._alias(glance.file), glance.stamp, identity, self._alias(glance.slide_id))
-        if len(entry.files) > 1:
+        if len(entry.files) > 1 and entry.state != "quarantined":
             status(shown(self._alias(glance.slide_id)), "duplicate", f"same content as {shown(entry.slide_id)}")
-            if entry.state == "quarantined":
-                self.box.write_record(entry, entry.reason)
         return entry
 
     def _is_usable(self, entry: Entry) -> bool:
@@ -266,7 +288,8 @@ class Runner:
         return list(names.values())[: self.options.round] or [min(ready, key=lambda slide: slide.entry.crashes)]
 
     def _check_room(self) -> None:
-        free_gb = shutil.disk_usage(self.box.folder).free / GB
+        with disk_errors(self.box.index):
+            free_gb = shutil.disk_usage(self.box.folder).free / GB
         if free_gb < self.options.min_free_gb:
             what = f"{free_gb:.1f} GB are free for the outbox, and {self.options.min_free_gb:g} are wanted"
             raise NoRoomError(what, fix="make room, or lower --min-free-gb")
@@ -275,7 +298,9 @@ class Runner:
         """One round."""
         self._check_room()
         self.lease.check()
-        with RunManifest(self.box.folder, STAGE, self.predictor.study) as manifest, self.box.work():
+        with RunManifest(self.box.folder, STAGE, self.predictor.study) as manifest, ExitStack() as stack:
+            with disk_errors(self.box.index):
+                stack.enter_context(self.box.work())
             manifest.models({"bundle": self.predictor.bundle.digest})
             manifest.inputs({slide.entry.slide_id: slide.entry.identity for slide in slides})
             for slide in slides:
@@ -299,6 +324,8 @@ class Runner:
         from pathfm.batch.drift import write_page
 
         found, damaged = self.box.read_results()
+        done = {entry.name for entry in self.ledger.of_state("done")}
+        damaged = tuple(sorted({*damaged, *(done - found.keys())}))  # a folder that was moved away cannot be read either
         for name in sorted(set(damaged) - set(self.health.damaged)):
             log.warning("%s: this result cannot be read: restore it from a copy", self.box.results / name)
         self.health.damaged = damaged
@@ -320,7 +347,8 @@ class Runner:
         elif outcome.reason.startswith(TROUBLES):  # not the slide's fault
             raise NoRoomError(outcome.reason)
         else:
-            self._quarantine(entry, outcome.reason)
+            what, found_mpp, _ = outcome.reason.partition(NO_MPP)
+            self._quarantine(entry, what + BY_HAND if found_mpp else outcome.reason)
 
     def _findings(self, entry: Entry, predicted: Predicted) -> Findings:
         from pathfm.batch.dicom import About, write_dicom_of
@@ -353,7 +381,7 @@ class Runner:
         about = {"identity": entry.identity, "bundle": bundle, "result": file_digest(file)}
         self.events.write("result_written", stage=STAGE, slide_id=entry.slide_id, **about)
         self.events.flush()
-        self.box.record_of(entry).unlink(missing_ok=True)
+        self.box.drop_records(entry)
         crash_point("batch.result.told")
         self.ledger.done(entry, outcome, bundle)
         status(entry.slide_id, "done", f"{shown_decision(said)} -> {file.parent.relative_to(self.box.folder).as_posix()}")

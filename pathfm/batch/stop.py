@@ -42,6 +42,10 @@ class Stop:
             self._held = False
         self.check()
 
+    def hold(self) -> None:
+        """From here on nothing is interrupted: the batch ends anyway."""
+        self._held = True
+
     def check(self) -> None:
         """Stops if that was asked for: a library may have swallowed the interruption."""
         if self.asked:

@@ -10,7 +10,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +26,9 @@ from pathfm.batch.health import health, in_words
 from pathfm.batch.inbox import Inbox, InboxError, content_identity, stamp_of
 from pathfm.batch.ledger import Ledger
 from pathfm.batch.night import _check_folders, _take, batch
+from pathfm.batch.options import BatchOptions
 from pathfm.batch.results import Outbox, shown_decision
-from pathfm.batch.runner import BatchOptions, Control, NoRoomError, Runner
+from pathfm.batch.runner import Control, NoRoomError, Runner
 from pathfm.batch.stop import Stop
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.events import Events
@@ -96,7 +100,7 @@ def test_content_is_known_again_under_another_name_and_not_after_a_change(tmp_pa
 def test_an_inbox_that_is_away_is_told_from_an_empty_one(tmp_path):
     with pytest.raises(InboxError, match="cannot be read"):
         Inbox(tmp_path / "away").look()
-    assert Inbox(tmp_path).look() == ((), ())
+    assert Inbox(tmp_path).look() == ((), (), ())
 
 
 def test_the_ledger_knows_everything_again_and_drops_a_torn_line(tmp_path):
@@ -252,7 +256,7 @@ def test_every_content_is_worked_on_once_and_the_inbox_stays_as_it_was(night):
     assert night() == ExitCode.DONE  # what an earlier run has told is not told again
     assert results(night) == ["a", "b", "b"] and night.predictor.asked[2:] == [["b"]]
     said = json.loads((night.box.folder / HEALTH).read_text())
-    assert said["counts"] == {"done": 3, "abstained": 0, "quarantined": 1, "duplicates": 2, "waiting": 0}
+    assert said["counts"] == {"done": 3, "abstained": 0, "quarantined": 1, "duplicates": 2, "waiting": 0, "ignored": 0}
     assert len(night.box.index.read_text().splitlines()) == 4 and not (night.box.folder / ".work").exists()
     assert {path.name for path in night.inbox.iterdir()} == (before.keys() - {"a.svs"}) | {"renamed.svs"}
 
@@ -355,6 +359,12 @@ def test_a_damaged_old_result_is_told_of_and_stops_nobody(night, capsys, caplog)
     assert night() == ExitCode.DONE and results(night) == ["a", "b", "c"]
     assert sum("restore it from a copy" in record.getMessage() for record in caplog.records) == 2
     assert [line.partition("-")[0] for line in night.box.index.read_text().splitlines()] == ["result,slide_id", "c"]
+    third = next(night.box.results.glob("c-*"))
+    third.rename(night.box.folder.with_name("aside"))  # moved away, and no new slide comes
+    assert night() == ExitCode.DONE and not night.box.index.exists()
+    assert json.loads((night.box.folder / HEALTH).read_text())["damaged"] == [first.name, second.name, third.name]
+    night.box.folder.with_name("aside").rename(third)
+    night()
     capsys.readouterr()
     assert health(night.box.folder) == ExitCode.SOME_FAILED
     assert f"2 results cannot be read, to be restored from a copy: {first.name}, {second.name}" in capsys.readouterr().out
@@ -363,6 +373,133 @@ def test_a_damaged_old_result_is_told_of_and_stops_nobody(night, capsys, caplog)
     (second / "predictions.csv").write_bytes(whole[1])
     assert night() == ExitCode.DONE and health(night.box.folder) == ExitCode.DONE
     assert verify(night.box.folder) == ExitCode.DONE
+
+
+def without(lines, place):
+    return [*lines[:place], *lines[place + 1 :]]
+
+
+LEDGER_ATTACKS = {
+    "reason": lambda lines: [line.replace(b"broken", b"no tissue") for line in lines],
+    "verdict": lambda lines: [line.replace(b"predicted", b"abstained") for line in lines],
+    "time": lambda lines: [lines[0].replace(b"20", b"19", 1), *lines[1:]],
+    "dropped": lambda lines: without(lines, 3),
+    "dropped first": lambda lines: lines[1:],
+    "dropped last": lambda lines: lines[:-1],
+    "cut off": lambda lines: [*lines[:-2], lines[-2][:20]],
+    "swapped": lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]],
+    "copied": lambda lines: [*lines, lines[-1]],
+    "inserted": lambda lines: [*lines[:2], lines[1], *lines[2:]],
+    "emptied": lambda _: [],
+}
+
+
+def test_whatever_was_done_to_the_ledger_is_found_and_no_later_run_hides_it(night, capsys, monkeypatch):
+    now = datetime.datetime.now(datetime.UTC)  # all in one second: lines that are written again are the same to the byte
+    frozen = SimpleNamespace(UTC=datetime.UTC, datetime=SimpleNamespace(now=lambda _: now))
+    monkeypatch.setattr(ledger_module, "datetime", frozen)
+    put(night, a="good a", bad="broken")
+    assert night() == ExitCode.SOME_FAILED and night() == ExitCode.DONE
+    assert verify(night.box.folder) == audit(night.box.folder) == ExitCode.DONE
+    assert "note" not in capsys.readouterr().out
+    ledger, aside = night.box.folder / "ledger.jsonl", night.box.folder.with_name("aside")
+    shutil.copytree(night.box.folder, aside)
+    for attack, change in LEDGER_ATTACKS.items():
+        lines = ledger.read_bytes().splitlines(keepends=True)
+        ledger.write_bytes(b"".join(change(lines)))
+        assert verify(night.box.folder) == ExitCode.SOME_FAILED, attack
+        assert "  ledger.jsonl: " in capsys.readouterr().out, attack
+        with suppress(StoreError):  # not every such ledger can be gone on with
+            night()
+        assert verify(night.box.folder) == ExitCode.SOME_FAILED, attack
+        shutil.rmtree(night.box.folder)
+        shutil.copytree(aside, night.box.folder)
+    ledger.unlink()
+    assert verify(night.box.folder) == ExitCode.SOME_FAILED
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from pathfm.batch.ledger import Entry, Ledger
+from pathfm.batch.results import Outbox
+with Ledger(Path(sys.argv[1], "ledger.jsonl")) as ledger:
+    Outbox(Path(sys.argv[1])).write_record(ledger.add("b.svs", "s", "2" * 64, "b"), "broken")
+"""
+
+
+def killed_really(folder, point):
+    """A process that is killed there, at its work on the ledger."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder)], env={**os.environ, "PATHFM_CRASH_AT": point}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_line_of_the_ledger_that_a_kill_left_untold_is_told_by_the_next_run(night, capsys):
+    put(night, a="good a")
+    night()
+    folder, path = night.box.folder, night.box.folder / "ledger.jsonl"
+    before = path.read_bytes()
+    killed_really(folder, "batch.ledger.file")
+    assert path.read_bytes().count(b"\n") == before.count(b"\n") + 1
+    assert verify(folder) == audit(folder) == ExitCode.DONE
+    assert "note: ledger.jsonl: no event tells of 1 line behind line 5: a run was killed just then" in capsys.readouterr().out
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.splitlines(keepends=True)[-1])  # one more than a kill can leave
+    assert verify(folder) == ExitCode.SOME_FAILED
+    path.write_bytes(whole + b'{"torn')
+    assert verify(folder) == night() == verify(folder) == audit(folder) == ExitCode.DONE
+    assert "note: ledger" not in capsys.readouterr().out.rpartition("finished")[2]
+    path.write_bytes(before)
+    assert verify(folder) == ExitCode.SOME_FAILED
+
+
+def test_a_quarantine_record_that_a_kill_prevented_is_written_by_the_next_run(night):
+    put(night, a="good a")
+    night()
+    killed_really(night.box.folder, "batch.quarantine.told")
+    assert not night.box.records
+    assert verify(night.box.folder) == night() == verify(night.box.folder) == audit(night.box.folder) == ExitCode.DONE
+
+
+def test_quarantine_records_that_were_altered_made_up_or_removed(night, capsys):
+    put(night, bad="broken")
+    night()
+    (path,) = night.box.records
+    whole = path.read_bytes()
+    assert verify(night.box.folder) == ExitCode.DONE and "note" not in capsys.readouterr().out
+    changes = {b"broken": b"no tissue", b'"since": "2': b'"since": "1', b'"identity": "': b'"identity": "0', whole[40:]: b""}
+    for before, after in changes.items():
+        path.write_bytes(whole.replace(before, after))
+        assert verify(night.box.folder) == ExitCode.SOME_FAILED
+        assert f"  quarantine/{path.name}: " in capsys.readouterr().out
+    path.write_bytes(whole)
+    path.with_name("more.json").write_bytes(whole.replace(b'"slide_id": "bad"', b'"slide_id": "other"'))
+    assert verify(night.box.folder) == ExitCode.SOME_FAILED
+    path.with_name("more.json").unlink()
+    path.unlink()  # that is how another attempt is asked for
+    capsys.readouterr()
+    assert verify(night.box.folder) == ExitCode.DONE
+    assert "was removed: the next run tries that slide again" in capsys.readouterr().out
+    night()
+    assert verify(night.box.folder) == ExitCode.DONE and "note" not in capsys.readouterr().out
+
+
+def test_an_outbox_of_an_earlier_version_is_pinned_by_the_first_run_of_this_one(night, capsys):
+    put(night, bad="broken")
+    night()
+    for path in night.box.folder.glob("events-*.jsonl"):  # as its events were: of slides only
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "ledger_" not in line and "quarantine_w" not in line))
+    assert verify(night.box.folder) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert "note: ledger.jsonl: no event tells of it" in said and "of an earlier version of pathfm" in said
+    night()
+    ledger = night.box.folder / "ledger.jsonl"
+    assert verify(night.box.folder) == ExitCode.DONE and "ledger.jsonl" not in capsys.readouterr().out
+    ledger.write_bytes(ledger.read_bytes().replace(b"broken", b"no tissue"))
+    assert verify(night.box.folder) == ExitCode.SOME_FAILED
 
 
 @pytest.mark.parametrize("cut", [0, 10])

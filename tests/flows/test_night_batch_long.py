@@ -18,11 +18,14 @@ from pathlib import Path
 import pytest
 
 from pathfm.audit import audit
+from pathfm.batch import runner
 from pathfm.batch.health import health
 from pathfm.batch.night import batch
-from pathfm.batch.runner import BatchOptions
+from pathfm.batch.options import BatchOptions
 from pathfm.errors import ExitCode, UsageError
+from pathfm.extract import sets
 from pathfm.geometry import Size
+from pathfm.mil.bundle import BundleError
 from pathfm.prediction import mil_predict
 from pathfm.slides.synthetic import SyntheticSpec, write_slide
 from pathfm.verification import verify
@@ -35,7 +38,7 @@ CODE = """
 import sys
 from pathlib import Path
 from pathfm.batch.night import batch
-from pathfm.batch.runner import BatchOptions
+from pathfm.batch.options import BatchOptions
 bundle, inbox, outbox, watch, *settings = sys.argv[1:]
 options = BatchOptions(watch=watch == "watch", settle_s=0.6, min_free_gb=0.1)
 sys.exit(batch(Path(bundle), Path(inbox), Path(outbox), options, settings))
@@ -166,6 +169,7 @@ def test_every_good_slide_has_one_result_and_every_bad_one_a_reason_whatever_is_
     assert counts(tmp_path) == {"done": GOOD + 1, "abstained": counts(tmp_path)["abstained"], "quarantined": 5} | {
         "duplicates": 3,
         "waiting": 0,
+        "ignored": 0,
     }
     records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "quarantine").glob("*.json")]
     assert {name for record in records for name in record["files"]} == {path.name for path in slides.glob("bad-*")}
@@ -223,6 +227,7 @@ def test_killed_at_every_point_the_next_run_ends_as_if_nothing_had_happened(plac
         assert counts(tmp_path) == {"done": 2, "abstained": counts(tmp_path)["abstained"], "quarantined": 1} | {
             "duplicates": 0,
             "waiting": 0,
+            "ignored": 0,
         }
         assert [row["result"] for row in rows_of(tmp_path / "out" / "predictions.csv")] == names
         assert not list((tmp_path / "out").rglob("*.partial")), point
@@ -243,3 +248,24 @@ def test_a_new_bundle_must_be_meant_and_does_nothing_again(places, tmp_path, sli
     assert batch(places / "bundle", tmp_path / "in", tmp_path / "out", options, FAST) == ExitCode.DONE
     assert results(tmp_path) == [before]
     assert (Path(tmp_path) / "out" / "predictions.csv").is_file()
+
+
+def test_a_bundle_is_loaded_once_for_all_rounds_and_given_up_when_it_is_replaced(places, tmp_path, slides, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("s00.tiff", "s01.tiff", "s02.tiff"):
+        shutil.copy(slides / name, tmp_path / "in")
+    shutil.copytree(places / "bundle", tmp_path / "bundle")
+    load, commit, loaded = sets.load_encoder, runner.commit_result, []
+
+    def committed(*given):
+        commit(*given)
+        if len(results(tmp_path)) == 2:
+            (tmp_path / "bundle" / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr(sets, "load_encoder", lambda *given, **more: loaded.append(given[0]) or load(*given, **more))
+    monkeypatch.setattr(runner, "commit_result", committed)
+    options = BatchOptions(settle_s=SETTLE_S, min_free_gb=0.1, round=1)
+    with pytest.raises(BundleError, match="is not the file that was locked"):
+        batch(tmp_path / "bundle", tmp_path / "in", tmp_path / "out", options, FAST)
+    assert len(loaded) == 1 and len(results(tmp_path)) == 2
+    assert health(tmp_path / "out") == ExitCode.INTERNAL
