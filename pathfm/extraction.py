@@ -19,6 +19,7 @@ from pathfm.study import ExtractSettings, Study, TileSettings
 from pathfm.workflow import STUDY_SUFFIXES, Run, open_study, own_encoder, stores_of, study_from_sources
 
 if TYPE_CHECKING:
+    from pathfm.extract.sets import FeatureSets
     from pathfm.extract.stage import Extraction
 
 OF_ENCODER = (
@@ -59,7 +60,7 @@ def study_for_extraction(sources: Sequence[str], overrides: Sequence[str]) -> tu
         if card is not None and card.tile_px and card.mpp:
             wanted |= {"tile.tile_px": str(card.tile_px), "tile.mpp": str(card.mpp[0])}
         overrides = [*(f"{name}={value}" for name, value in wanted.items() if name not in given), *overrides]
-    return study_from_sources(sources, overrides), True
+    return study_from_sources(sources, overrides, "extract"), True
 
 
 def _kept_study(source: Path, overrides: Sequence[str]) -> Study:
@@ -73,14 +74,14 @@ def _kept_study(source: Path, overrides: Sequence[str]) -> Study:
         raise UsageError("the features of an output folder go into it", where="--out", fix="leave it out, or name the slides")
     kept = open_study(source)
     if not source.is_dir() or given.get("extract.encoder", kept.extract.encoder) == kept.extract.encoder:
-        return open_study(source, overrides)
+        return open_study(source, overrides, "extract")
     plain = ExtractSettings()
     forgotten = [name for name in OF_ENCODER if getattr(kept.extract, name) != getattr(plain, name)]
     left = [f"extract.{name}={json.dumps(plain.model_dump(mode='json')[name])}" for name in forgotten]
     told = [name for name in forgotten if f"extract.{name}" not in given]
     if told:
         say(f"note: what was set for {kept.extract.encoder} does not hold for another encoder: {', '.join(told)}")
-    return open_study(source, [*left, *overrides])
+    return open_study(source, [*left, *overrides], "extract")
 
 
 def check_encoders(run: Run) -> None:
@@ -95,14 +96,14 @@ def check_encoders(run: Run) -> None:
     load_sets(run.study, run.layout, own_encoder(run), pick_device(run.study.compute))
 
 
-def run_extraction(run: Run) -> Extraction:
-    """The extract stage on up-to-date stores, noted."""
+def run_extraction(run: Run, sets: FeatureSets | None = None) -> Extraction:
+    """The extract stage on up-to-date stores, noted; ``sets``: encoders that are loaded already."""
     from pathfm.extract.stage import run_extract
 
     stores_of(run)
     rows = {row.slide_id: row for row in run.cohort.rows}
     pixels_of = partial(_slide_pixels, rows, run.study.tile)
-    extraction = run_extract(run.study, run.cohort, run.layout, own_encoder(run), run.stale, pixels_of)
+    extraction = run_extract(run.study, run.cohort, run.layout, own_encoder(run), run.stale, pixels_of, sets)
     run.note(extraction.report)
     if extraction.report.statuses["done"]:
         say(f"features: {extraction.sets['main'].folder}")

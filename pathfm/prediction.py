@@ -11,38 +11,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pathfm.config import bullet_list, load_study
-from pathfm.errors import ExitCode, MissingExtraError, SlideError, StoreError, UsageError
+from pathfm.config import load_study
+from pathfm.errors import ExitCode, MissingExtraError, StoreError, UsageError
 from pathfm.events import Events
 from pathfm.extraction import run_extraction
 from pathfm.faults import crash_point
-from pathfm.log import say, status
+from pathfm.log import plural, say, status
 from pathfm.run_manifest import RunManifest
-from pathfm.slides.reader import slide_identity
-from pathfm.store.cohort import check_labels
 from pathfm.store.commit import commit_file, partial, read_json, write_json
+from pathfm.store.interop.label_tables import named
 from pathfm.store.record import Outcome, StageReport, library_versions, write_record
 from pathfm.store.tile_store import TileStore, open_tiles
 from pathfm.study import Study
 from pathfm.workflow import STUDY_SUFFIXES, Run, begin, cohort_of, open_study, run_tiling, upstream_outcomes
 
 if TYPE_CHECKING:
+    from pathfm.extract.sets import FeatureSets
     from pathfm.extract.stage import Extraction
     from pathfm.mil.bundle import Bundle
+    from pathfm.mil.known import TrainedRule
     from pathfm.mil.predict import Ensemble
     from pathfm.mil.prediction_table import Known, Result
     from pathfm.mil.seen import Seen
 
-TrainedRule = Literal["refuse", "mark", "exclude"]
 STAGE = "mil predict"
-PREDICTIONS, PATIENTS, METRICS = "predictions.csv", "patients.csv", "metrics.json"
+PREDICTIONS, PATIENTS, METRICS, PAGE = "predictions.csv", "patients.csv", "metrics.json", "index.html"
 MAY_BE_SET = ("compute.", "report.", "extract.encoder", "extract.weights", "mil.seen_in_pretraining", "cohort.folder_of_tiles")
 """What may be set besides folders that the bundle asks for: nothing that changes a result (another encoder is refused)."""
 NO_PATIENTS = "slides without patient_id count as patients of their own: intervals are too narrow if some belong together"
-SHOWN = 20
-"""Slides that a refusal names."""
 
 
 class Predicted(NamedTuple):
@@ -80,6 +78,7 @@ def mil_predict(
     """
     from pathfm.compute import pick_device
     from pathfm.mil.bundle import open_bundle
+    from pathfm.mil.known import check_known
     from pathfm.mil.predict import Ensemble
 
     started = datetime.datetime.now(datetime.UTC)
@@ -93,17 +92,15 @@ def mil_predict(
     run = begin(locked_study(locked, cohort_of(slides), out, overrides))
     # Before hours of work: all that could be refused later.
     ensemble = Ensemble(locked, pick_device(run.study.compute))
-    known = check_known(run, ensemble, trained)
-    check_locked_encoder(run, locked)
+    known = check_known(run.study, run.cohort, ensemble, trained)
+    sets = check_locked_encoder(run, locked)
     with RunManifest(run.layout.out, STAGE, run.study) as manifest, Events(run.layout.out) as events:
         manifest.models({"bundle": locked.digest})
         manifest.inputs(known.identity)
         about = {"versions": library_versions(), "settings": locked.digest, "slides": len(run.cohort.rows)}
         events.write("run_started", stage=STAGE, **about)
-        # What was said of other slides must not lie beside new pictures if this run is interrupted.
-        for name in (PREDICTIONS, METRICS, PATIENTS):
-            (run.layout.out / name).unlink(missing_ok=True)
-        result, report, _ = predict_slides(run, ensemble, known)
+        _forget_earlier(run)
+        result, report, _ = predict_slides(run, ensemble, known, sets)
         _write(result, run.layout.out, trained)
         say(f"{len(result.answers.slides)} of {len(run.cohort.rows)} slides predicted: {run.layout.out / PREDICTIONS}")
         for outcome in report.outcomes:
@@ -115,6 +112,19 @@ def mil_predict(
         manifest.outputs(run.layout.out / PREDICTIONS)
         manifest.exit_code = run.exit_code
     return run.exit_code
+
+
+def _forget_earlier(run: Run) -> None:
+    """Removes what was said before: it must not lie beside new pictures if this run is interrupted. Lost slides are named."""
+    out, here = run.layout.out, {row.slide_id for row in run.cohort.rows}
+    with suppress(FileNotFoundError), (out / PREDICTIONS).open(newline="", encoding="utf-8", errors="replace") as stream:
+        lost = {row["slide_id"] for row in csv.DictReader(stream) if row.get("slide_id")} - here
+        if lost:
+            are = "are" if len(lost) > 1 else "is"
+            what = f"{plural(len(lost), 'slide')} of an earlier prediction {are} not among these"
+            say(f"note: {what}: their rows and pictures are removed ({named(sorted(lost))})")
+    for name in (PREDICTIONS, METRICS, PATIENTS, PAGE):
+        (out / name).unlink(missing_ok=True)
 
 
 def _place_of_bundle(sources: Sequence[str], bundle: Path | None) -> tuple[Path, Sequence[str]]:
@@ -179,51 +189,8 @@ def locked_study(bundle: Bundle, cohort: Mapping[str, object], out: Path, overri
     return given.model_copy(update=changed)
 
 
-def check_known(run: Run, ensemble: Ensemble, rule: TrainedRule) -> Known:
-    """Labels, and whether the networks have learned from these patients.
-
-    Raises:
-        UsageError: labels that the bundle does not know, or labelled slides of patients whom its networks learned from.
-    """
-    from pathfm.mil.prediction_table import Known
-    from pathfm.mil.roster import all_columns, has_label, patient_ids
-
-    bundle, rows = ensemble.bundle, run.cohort.rows
-    labelled = [row for row in rows if has_label(row, bundle.settings)]
-    for name in all_columns(bundle.settings) if labelled else ():
-        if any(row.labels.get(name) for row in rows):
-            check_labels(run.cohort, name, bundle.settings.level)
-    if labelled:
-        ensemble.tasks.encode([{name: row.labels.get(name, "") for name in all_columns(bundle.settings)} for row in labelled])
-    patients, identity = patient_ids(run.cohort, run.study.cohort), {row.slide_id: _identity(row.path) for row in rows}
-    found = {slide_id: bundle.trained_on(patient, identity[slide_id]) for slide_id, patient in patients.items()}
-    same = {patients[slide_id] for slide_id, why in found.items() if why}
-    trained = {slide_id: found[slide_id] or "same patient" for slide_id, patient in patients.items() if patient in same}
-    known = Known(patients, identity, trained, bool(labelled))
-    if not trained:
-        return known
-    count, named = len(same), bullet_list([f"{slide_id}: {why}" for slide_id, why in sorted(trained.items())], SHOWN)
-    if labelled and rule == "refuse":
-        what = (
-            f"the networks learned from {count} of {len(set(patients.values()))} patients, so numbers on them would be too good"
-        )
-        fix = "take them out; or add --trained exclude to judge the others, or --trained mark if their ids mean other people"
-        raise UsageError(f"{what}: {named}", where="slides", fix=fix)
-    if labelled and rule == "exclude" and not {patients[row.slide_id] for row in labelled} - same:
-        raise UsageError("nobody is left to judge: the networks learned from all of these patients", where="--trained exclude")
-    say(f"note: the networks learned from {count} of these patients (column trained_on)")
-    return known
-
-
-def _identity(path: Path) -> str:
-    try:
-        return slide_identity(path)
-    except SlideError:  # tiling tells why
-        return ""
-
-
-def check_locked_encoder(run: Run, bundle: Bundle) -> None:
-    """Refuses an encoder that is not the bundle's, by all that decides features, as it is computed on this machine.
+def check_locked_encoder(run: Run, bundle: Bundle) -> FeatureSets:
+    """Loads the encoder, and refuses one that is not the bundle's by all that decides features, as computed on this machine.
 
     Raises:
         UsageError: another encoder, or one that is not to be had here.
@@ -237,26 +204,34 @@ def check_locked_encoder(run: Run, bundle: Bundle) -> None:
     sets.main.check_precision()
     recipe = {f"recipe_{name}": value for name, value in sets.by_role["main"].recipe.items()}
     check_encoder(bundle, encoder_identity(recipe), sets.main.dim, run.study.extract.encoder)
+    return sets
 
 
-def predict_slides(run: Run, ensemble: Ensemble, known: Known) -> Predicted:
+def predict_slides(run: Run, ensemble: Ensemble, known: Known, sets: FeatureSets) -> Predicted:
     """Tiles, features and answers of all slides, and a table and pictures of each; the tables of all are left to the caller.
+
+    Args:
+        run: the slides, and the settings of the bundle.
+        ensemble: of the bundle.
+        known: of the slides.
+        sets: the encoder, loaded.
 
     Raises:
         UsageError: the encoder has seen labelled slides, and that is refused.
         StoreError: the drive fails.
     """
     from pathfm.mil.feature_cache import FeatureCache
+    from pathfm.mil.known import check_seen
     from pathfm.mil.predict import predict
     from pathfm.mil.prediction_pictures import Pictures
     from pathfm.mil.prediction_table import Result
 
     cohort = run.cohort
     run_tiling(run)
-    seen = _check_seen(run, known)
+    seen = check_seen(run.study, cohort, run.layout.tiles, known)
     unfit = _unfit(run, ensemble.bundle)
     run.cohort = replace(cohort, rows=tuple(row for row in cohort.rows if row.slide_id not in unfit))
-    extraction = run_extraction(run)
+    extraction = run_extraction(run, sets)
     outcomes = {**upstream_outcomes(run, extraction), **unfit}
     run.cohort = cohort
     paths = _feature_paths(extraction, outcomes, known, seen)
@@ -282,25 +257,6 @@ def _feature_paths(extraction: Extraction, outcomes: Mapping[str, Outcome], know
         for slide_id, outcome in outcomes.items()
         if outcome.status in {"done", "kept"} and known.patients[slide_id] not in left_out
     }
-
-
-def _check_seen(run: Run, known: Known) -> Seen:
-    """What the encoder has seen of the new slides, looked at before the hours of extraction.
-
-    A table with labels is there to be judged by, and then ``mil.seen_in_pretraining`` decides (refuse by default). Without
-    labels the predictions are merely marked.
-    """
-    from pathfm.mil.seen import check_refusal, look_for_seen
-
-    study = run.study
-    if not known.has_labels:
-        study = study.model_copy(update={"mil": study.mil.model_copy(update={"seen_in_pretraining": "mark"})})
-    seen = look_for_seen(study, run.cohort, run.layout.tiles)
-    patients = set(seen.patients.values())
-    check_refusal(seen, patients)
-    for note in seen.notes(patients - seen.left_out()):
-        say(note)
-    return seen
 
 
 def _unfit(run: Run, bundle: Bundle) -> dict[str, Outcome]:

@@ -8,17 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pathfm.encoder_pin import Stores, counted, encoder_fingerprint, trainable, weights_digest
+from pathfm.encoder_pin import Stores, counted, encoder_fingerprint, trainable
 from pathfm.errors import StoreError, UsageError
 from pathfm.faults import crash_point
-from pathfm.log import say
+from pathfm.log import plural, say
 from pathfm.store.commit import read_json, recover
 from pathfm.store.manifest import CARD
 from pathfm.store.pinned import Pinned, PinnedSlide, read_pinned, write_pinned
 from pathfm.store.tile_store import TileStore, open_tiles
+from pathfm.tile.check import keep_note
 from pathfm.workflow import Run, alone_at, stores_of
-
-__all__ = ["encoder_folder", "pretrain_fingerprint", "run_pretraining", "weights_digest"]
 
 PAGE = "training.html"
 Facts = Mapping[str, Mapping[str, str]]
@@ -51,14 +50,16 @@ def run_pretraining(run: Run) -> None:
     patient_of = {row.slide_id: row.patient_id for row in run.cohort.rows}
     with alone_at(folder, run.study.compute.lease_s) if process_rank() == 0 else nullcontext():
         if process_rank() == 0:
+            if note := keep_note(run.study):
+                say(f"note: {note}")
             _freeze(run, inputs)
         report = run_pretrain(run.study, paths, folder, inputs.fingerprint, sampling_facts(run), patient_of)
     run.encoder = folder
     if process_rank() == 0:
         run.note(report)
         if inputs.newcomers:
-            many = f"{len(inputs.newcomers)} slides are not in the list that the encoder was pretrained on"
-            say(f"{many}; --retrain-encoder adds them")
+            new, them = plural(len(inputs.newcomers), "slide is", "slides are"), "it" if len(inputs.newcomers) == 1 else "them"
+            say(f"{new} not in the list that the encoder was pretrained on; --retrain-encoder adds {them}")
         if not report.did_nothing or not (folder / PAGE).is_file():
             say(f"page: {write_pretrain_page(folder, folder / PAGE)}")
 

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -34,6 +35,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _EXIT_PATIENCE_S = 5.0
+_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # what a scheduler says to all processes of a job
 
 
 class InternalError(SlideError):
@@ -44,7 +46,7 @@ class InternalError(SlideError):
         self.traceback = traceback
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_internal, (self.what, self.where, self.fix, self.traceback)
+        return functools.partial(InternalError, where=self.where, fix=self.fix, traceback=self.traceback), (self.what,)
 
 
 class WorkerCrash(SlideError):
@@ -213,6 +215,7 @@ class _Slot(Generic[Item, Result]):
             with suppress(BrokenPipeError, ConnectionResetError):
                 return self.connection.send(item)
             self._end()
+        deaf(resource_tracker.ensure_running)
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(self.function, theirs), daemon=True)
@@ -314,15 +317,20 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
+def deaf(start: Callable[[], None]) -> None:
+    """Starts a helper process of Python's that the scheduler's signals do not end: they stay blocked in it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER)
+    try:
+        start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _internal(error: Exception) -> InternalError:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     what = " ".join("".join(traceback.format_exception_only(error)).split())
     where = f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
     return InternalError(f"internal error: {what}", where=where, traceback="".join(traceback.format_exception(error)))
-
-
-def _rebuild_internal(what: str, where: str, fix: str, text: str) -> InternalError:
-    return InternalError(what, where=where, fix=fix, traceback=text)
 
 
 def _crash(code: int) -> WorkerCrash:
@@ -381,8 +389,7 @@ def _is_running(pid: int, start: int) -> bool:
 def _cpu_quotas(root: Path, membership: Path) -> Iterator[float]:
     """CPU limits, in cores, of this process's control group and of all above it (version 2), or of version 1's root."""
     with suppress(OSError):
-        lines = membership.read_text().splitlines()
-        own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+        own = next((line[3:].strip("/") for line in membership.read_text().splitlines() if line.startswith("0::")), "")
         for folder in [root / own, *(root / own).parents]:
             if (folder / "cpu.max").is_file():
                 quota, period = (folder / "cpu.max").read_text().split()

@@ -55,6 +55,7 @@ def run_extract(
     own_encoder: Path | None = None,
     stale_tiles: Collection[str] = (),
     pixels_of: PixelsOf | None = None,
+    sets: FeatureSets | None = None,
 ) -> Extraction:
     """Writes the feature files of every slide that has tiles and whose files are absent or stale.
 
@@ -67,6 +68,7 @@ def run_extract(
         own_encoder: folder of the study's own encoder, for ``extract.encoder=pretrained``.
         stale_tiles: slides whose store is not what tiling would make now; they count as failed.
         pixels_of: reads the tiles of stores without pixels from their slides.
+        sets: encoders of these settings that are loaded already; where several devices work, each loads its own.
 
     Raises:
         UsageError: no such encoder, or one that does not suit any slide's tiles.
@@ -83,7 +85,7 @@ def run_extract(
         extraction = Extraction(joined([each.report for each in found]), found[0].sets)
     else:
         threads = use_threads(study.compute)
-        sets = load_sets(study, layout, own_encoder, pick_device(study.compute))
+        sets = sets or load_sets(study, layout, own_encoder, pick_device(study.compute))
         run = _Run(study, sets, pixels_of, threads)
         rows = shard_of(cohort.rows, study.compute.shard)
         extraction = Extraction(_extracted(rows, layout, stale_tiles, run), sets.by_role)

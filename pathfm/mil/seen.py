@@ -189,7 +189,7 @@ def check_refusal(seen: Seen, judged: Collection[str]) -> None:
     raise UsageError(
         f"the encoder has seen {count} of {len(judged)} patients in pretraining, so numbers on them would be too good: {lines}",
         where="mil.seen_in_pretraining",
-        fix="set it to exclude to judge the others, or to mark to have the numbers called transductive",
+        fix="--set mil.seen_in_pretraining=exclude judges the others; =mark has the numbers called transductive",
     )
 
 

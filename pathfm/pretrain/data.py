@@ -14,6 +14,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import NamedTuple
 
 import cv2
@@ -30,7 +31,7 @@ from pathfm.pretrain.reading import Place, TileReader
 from pathfm.pretrain.schedule import phase_start
 from pathfm.pretrain.views import cut_views, larger_crops
 from pathfm.pretrain_settings import CropSettings, PretrainSettings
-from pathfm.workers import end_with_parent
+from pathfm.workers import deaf, end_with_parent
 
 CROPS, MASKS, COLOUR = range(16, 19)
 """First word of each random key, so that no two kinds of draw share a stream."""
@@ -154,6 +155,8 @@ def load_batches(batches: TileBatches, numbers: range, workers: int, pin: bool =
     context = multiprocessing.get_context("forkserver") if workers else None
     if context:
         context.set_forkserver_preload([__name__])
+        for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+            deaf(start)
     return DataLoader(
         batches,
         batch_size=None,

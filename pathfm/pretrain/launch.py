@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -31,6 +32,7 @@ from torch import nn
 from pathfm.compute import pick_device
 from pathfm.errors import PathfmError, TrainingError, UsageError
 from pathfm.study import ComputeSettings
+from pathfm.workers import deaf
 
 Shard = Callable[[nn.Module, Any], nn.Module]
 """Shards a network over a device mesh (FSDP2), in place, and returns it."""
@@ -77,6 +79,7 @@ def in_processes(work: Callable[..., None], settings: ComputeSettings, shard: Sh
     if processes == 1 or _launcher():
         work(_fabric(settings, shard), *arguments)
         return
+    deaf(resource_tracker.ensure_running)
     context = multiprocessing.get_context("spawn")
     port, started, ends = _free_port(), [], []
     for rank in range(processes):

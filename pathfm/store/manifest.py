@@ -23,6 +23,7 @@ import numpy.typing as npt
 from pathfm.errors import StoreError
 from pathfm.stats.phash import WORDS, Words, near_hashes, picture_hash, turned_hashes
 from pathfm.store.commit import commit_file, read_json
+from pathfm.store.interop.label_tables import spellings
 from pathfm.store.tile_store import TileStore, open_tiles
 
 MANIFEST, CARD, DIGEST = "manifest.csv", "card.json", "manifest_sha256"
@@ -140,6 +141,29 @@ def find_seen(manifest: Path, stores: Sequence[Path], patient_of: Mapping[str, s
     wanted = _Wanted(patient_of)
     for store, picture_SW in _looked_at(stores, SOUGHT_TILES):
         wanted.add(store, picture_SW)
+    return _found(wanted, manifest)
+
+
+def find_by_identity(
+    manifest: Path, identity: Mapping[str, str], patient_of: Mapping[str, str | None]
+) -> dict[str, tuple[Evidence, ...]]:
+    """Of ``find_seen``, what can be told before slides have tiles: the same file, and the same patient.
+
+    Args:
+        manifest: of the encoder.
+        identity: slide_id -> identity of the slide file, empty where it cannot be read.
+        patient_of: slide_id -> patient, None or absent where unknown.
+
+    Raises:
+        StoreError: the manifest is damaged.
+    """
+    wanted = _Wanted(patient_of)
+    for slide_id, text in identity.items():
+        wanted.name(slide_id, {"file": _content_key(text)})
+    return _found(wanted, manifest)
+
+
+def _found(wanted: _Wanted, manifest: Path) -> dict[str, tuple[Evidence, ...]]:
     found: dict[str, dict[str, Evidence]] = {}
     for rows in _batches(_lines(manifest)):
         for slide_id, evidence in wanted.among([_Row.parse(line, manifest) for line in rows]):
@@ -185,15 +209,18 @@ class _Wanted:
     def add(self, store: TileStore, picture_SW: Words) -> None:
         """One slide with the hashes of its pictures."""
         stored, file = _content_keys(store)
-        patient = name_key("patient", self.patient_of.get(store.slide_id))
-        keys = {"slide": name_key("slide", store.slide_id), "patient": patient, "store": stored, "file": file}
-        for kind, key in keys.items():
-            if key:
-                self.by_key.setdefault((kind, key), []).append(store.slide_id)
+        self.name(store.slide_id, {"slide": name_key("slide", store.slide_id), "store": stored, "file": file})
         if len(picture_SW):
             self.with_picture.add(store.slide_id)
             self.hashes.append(picture_SW)
             self.owners += [store.slide_id] * len(picture_SW)
+
+    def name(self, slide_id: str, keys: Mapping[str, str]) -> None:
+        """One slide by its keys and its patient, however spreadsheets write that one."""
+        patients = {name_key("patient", name) for name in spellings(self.patient_of.get(slide_id) or "")}
+        for kind, key in (*keys.items(), *(("patient", patient) for patient in patients)):
+            if key:
+                self.by_key.setdefault((kind, key), []).append(slide_id)
 
     def among(self, rows: Sequence[_Row]) -> Iterator[tuple[str, Evidence]]:
         """Every slide that one of the rows is evidence for."""
@@ -232,9 +259,11 @@ def _lines(manifest: Path) -> Iterator[str]:
 
 def _content_keys(store: TileStore) -> tuple[str, str]:
     """Keys of the tile store and of the slide file; empty where a store was not made from a file."""
-    keys = (store.fingerprint, str(store.attrs.get("identity") or ""))
-    first, second = (key[:KEY_DIGITS] if re.fullmatch(r"[0-9a-f]{64}", key) else "" for key in keys)
-    return first, second
+    return _content_key(store.fingerprint), _content_key(str(store.attrs.get("identity") or ""))
+
+
+def _content_key(digest: str) -> str:
+    return digest[:KEY_DIGITS] if re.fullmatch(r"[0-9a-f]{64}", digest) else ""
 
 
 def _looked_at(stores: Iterable[Path], tiles: int) -> Iterator[tuple[TileStore, Words]]:

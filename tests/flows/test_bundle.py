@@ -33,7 +33,8 @@ from pathfm.mil.trust import fit_trust
 from pathfm.prediction import _place_of_bundle, mil_predict
 from pathfm.running import run_study
 from pathfm.slides.synthetic import SyntheticSpec, write_cohort, write_slide
-from pathfm.store.commit import content_digest
+from pathfm.store.commit import content_digest, write_json
+from pathfm.store.manifest import CARD, DIGEST, MANIFEST, write_manifest
 from pathfm.store.tile_store import open_tiles
 from pathfm.study import MilSettings
 
@@ -150,10 +151,14 @@ def test_every_slide_has_its_row_pictures_and_hashes_and_no_pixels_are_kept(plac
     assert told[0]["settings"] == open_bundle(places / "bundle").digest
 
 
-def test_a_bad_slide_is_a_row_and_exit_code_3(places, undisturbed, tmp_path):
+def test_a_bad_slide_is_a_row_and_exit_code_3(places, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr("pathfm.extract.stage.load_sets", None)  # the encoder is loaded once, before
     (tmp_path / "bad.svs").write_bytes(b"no slide")
     sources = (places / "new" / "n0.tiff", tmp_path / "bad.svs")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "index.html").write_text("of an earlier validation")
     assert predicted(places, tmp_path / "out", *sources) == ExitCode.SOME_FAILED
+    assert not (tmp_path / "out" / "index.html").exists()
     bad, good = rows_of(tmp_path / "out" / "predictions.csv")
     assert (bad["outcome"], good["outcome"]) == ("failed", "predicted") and bad["reason"]
     assert good == rows_of(undisturbed / "predictions.csv")[0]  # whatever else is in the batch
@@ -181,7 +186,7 @@ def test_labels_make_it_the_external_validation_with_nothing_fitted(places, undi
         assert [row[name] for name in columns] == [plain[name] for name in columns]
 
 
-def test_a_training_patient_with_labels_is_refused_and_without_is_marked(places, tmp_path):
+def test_a_training_patient_with_labels_is_refused_and_without_is_marked(places, tmp_path, capsys):
     old = sorted((places / "old").rglob("*.tiff"))[0]
     shutil.copy(old, tmp_path / "renamed.tiff")
     table = tmp_path / "table.csv"
@@ -191,9 +196,27 @@ def test_a_training_patient_with_labels_is_refused_and_without_is_marked(places,
     assert not list((tmp_path / "out").glob("tiles/*"))
     assert predicted(places, tmp_path / "out", tmp_path / "renamed.tiff") == ExitCode.DONE
     assert rows_of(tmp_path / "out" / "predictions.csv")[0]["trained_on"] == "same file"
+    assert "earlier prediction" not in capsys.readouterr().out
     assert predicted(places, tmp_path / "out", table, trained="exclude") == ExitCode.DONE
+    lost = "note: 1 slide of an earlier prediction is not among these: their rows and pictures are removed (renamed)"
+    assert lost in capsys.readouterr().out.splitlines()
+    assert {path.stem for path in (tmp_path / "out" / "attention").iterdir()} == {"n1", "x"}
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["n_patients"], metrics["flow"]["slides"]["left out"]) == (1, 1)
+
+
+def test_slides_the_encoder_was_pretrained_on_are_refused_before_any_work_and_told_in_one_go(places, tmp_path):
+    digest = write_manifest(tmp_path / MANIFEST, sorted(places.glob("out/tiles/*/*.zarr")), {})
+    write_json(tmp_path / CARD, {DIGEST: digest})
+    shutil.copy(sorted((places / "old").rglob("*.tiff"))[0], tmp_path / "renamed.tiff")
+    table = tmp_path / "table.csv"
+    table.write_text("slide_id,path,patient_id,label\nx,renamed.tiff,X,lesion\n")
+    encoder = [f"extract.encoder=local-dir:{tmp_path}"]
+    with pytest.raises(UsageError, match=r"learned from 1 of 1.*--trained mark.*--set mil.seen_in_pretraining=mark"):
+        predicted(places, tmp_path / "out", table, overrides=encoder)
+    with pytest.raises(UsageError, match=r"the encoder has seen 1 of 1 patients[^\n]*x: same file"):
+        predicted(places, tmp_path / "out", table, overrides=encoder, trained="mark")
+    assert not list((tmp_path / "out").glob("tiles/*"))
 
 
 @pytest.mark.parametrize(
@@ -292,10 +315,11 @@ def test_a_study_ends_in_a_bundle_that_goes_anywhere_with_its_own_encoder(places
     old = rows_of(table)[0]
     known = tmp_path / "known.csv"
     known.write_text(f"slide_id,path,patient_id,label\nagain,{table.parent / old['path']},NEW,{old['label']}\n")
-    with pytest.raises(UsageError, match="again: same file"):
+    with pytest.raises(UsageError, match=r"again: same file.*--set mil.seen_in_pretraining=mark"):
         mil_predict([str(known)], tmp_path / "third", tmp_path / "bundle", FAST)
     with pytest.raises(UsageError, match="the encoder has seen"):
         mil_predict([str(known)], tmp_path / "third", tmp_path / "bundle", FAST, trained="mark")
+    assert not list((tmp_path / "third").glob("tiles/*"))
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import pytest
 
 from pathfm.errors import StoreError
 from pathfm.store.commit import write_json
-from pathfm.store.manifest import COLUMNS, DIGEST, MANIFEST, find_seen, manifest_of, name_key, write_manifest
+from pathfm.store.manifest import COLUMNS, DIGEST, MANIFEST, find_by_identity, find_seen, manifest_of, name_key, write_manifest
 from pathfm.store.tile_store import write_tiles
 
 SIDE = 64
@@ -87,6 +87,17 @@ def test_another_slide_of_the_same_patient_is_found_however_the_id_is_written(se
     folder, _, _ = seen
     other = make(folder / "new", "x", tiles_of(99))
     assert reasons(folder / MANIFEST, [other], {"x": " p1"}) == {"x": ["same patient"]}
+
+
+def test_a_patient_is_found_whatever_a_spreadsheet_made_of_the_number(seen):
+    folder, stores, _ = seen
+    write_manifest(folder / "numbers.csv", stores[:2], {"a": "007", "b": "8.0"})
+    other = make(folder / "new", "x", tiles_of(99))
+    for name, was in {"7": "a", "7.0": "a", "0007": "a", "008": "b"}.items():
+        (evidence,) = find_seen(folder / "numbers.csv", [other], {"x": name})["x"]
+        assert (evidence.reason, evidence.match) == ("same patient", name_key("slide", was))
+        assert find_by_identity(folder / "numbers.csv", {"x": ""}, {"x": name}) == {"x": (evidence,)}
+    assert reasons(folder / "numbers.csv", [other], {"x": "70"}) == {}
 
 
 def test_different_slides_raise_no_alarm_even_under_a_name_that_was_used(seen):
