@@ -113,10 +113,10 @@ def pretrain(
     if dry_run:
         from pathfm import planning
 
-        finish(planning.dry_run(open_study(study, settings)))
+        finish(planning.dry_run(open_study(study, settings, "pretrain")))
     from pathfm import workflow
 
-    finish(workflow.pretrain(open_study(study, settings)))
+    finish(workflow.pretrain(open_study(study, settings, "pretrain")))
 
 
 @app.command()

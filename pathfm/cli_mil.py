@@ -30,7 +30,7 @@ def mil_train(
     given = {"out": out, "mil.features": features}
     overrides = [*(f"{name}={path}" for name, path in given.items() if path), *as_settings(patient_is_slide, settings)]
     is_table = study.suffix.lower() in workflow.TABLE_SUFFIXES
-    opened = workflow.study_from_sources([str(study)], overrides) if is_table else open_study(study, overrides)
+    opened = workflow.study_from_sources([str(study)], overrides, "mil") if is_table else open_study(study, overrides, "mil")
     finish(classification.mil_train(opened))
 
 

@@ -29,11 +29,11 @@ def as_settings(patient_is_slide: bool, settings: list[str] | None) -> list[str]
     return ["cohort.patient_is_slide=true"] * patient_is_slide + (settings or [])
 
 
-def open_study(source: Path, settings: list[str] | None) -> Study:
-    """The study of a file or an output folder, with overrides."""
+def open_study(source: Path, settings: list[str] | None, stage: str = "") -> Study:
+    """The study of a file or an output folder, with overrides; what the folder keeps for the stage is said."""
     from pathfm import workflow
 
-    return workflow.open_study(source, settings or [])
+    return workflow.open_study(source, settings or [], stage)
 
 
 def finish(exit_code: int) -> NoReturn:

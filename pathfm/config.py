@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -96,20 +96,24 @@ def load_study(path: Path | None, overrides: Sequence[str] = ()) -> Study:
             do not fit; all problems in one message, each with its dotted path.
     """
     tree = {} if path is None else _read_tree(path)
-    source = "study" if path is None else str(path)
-    problems: list[str] = []
+    study, problems = _checked(tree, overrides)
+    if study is None:
+        raise _refusal(problems, _checked(tree)[1], str(path or ""))
+    return _resolved(study, (path.absolute().parent if path else Path.cwd()))
+
+
+def _checked(tree: Mapping[str, object], overrides: Sequence[str] = ()) -> tuple[Study | None, list[str]]:
+    """The study of a tree and overrides, or all that is wrong with them."""
+    given, problems = dict(tree), []
     for override in overrides:
-        problem = _apply(tree, _from_here(override))
+        problem = _apply(given, _from_here(override))
         problems += [problem] if problem else []
-    known = _without_unknown(tree, Study, "", problems)
+    known = _without_unknown(given, Study, "", problems)
     try:
         study = Study.model_validate(known)
     except ValidationError as error:
-        problems += _value_problems(error)
-        raise _refusal(problems, source) from None
-    if problems:
-        raise _refusal(problems, source)
-    return _resolved(study, (path.absolute().parent if path else Path.cwd()))
+        return None, problems + _value_problems(error)
+    return (None if problems else study), problems
 
 
 def dump_study(study: Study, *, keeps_preset: bool = False) -> str:
@@ -123,6 +127,25 @@ def dump_study(study: Study, *, keeps_preset: bool = False) -> str:
     given = {"preset": pretrain.preset, "teacher": pretrain.teacher}
     preset = PretrainSettings.model_validate(given).model_copy(update={"preset": None, "teacher": None})
     return "\n".join(_table_lines(study, "", {"pretrain": preset} if keeps_preset else {})) + "\n"
+
+
+def not_default(study: Study, table: str) -> dict[str, str]:
+    """Dotted name -> value, as ``--set`` takes them, of a stage's settings that are not the defaults (of the preset)."""
+    section, preset = getattr(study, table), study.pretrain.preset
+    given = {"preset": preset, "teacher": study.pretrain.teacher} if table == "pretrain" else {}
+    found = dict(_differences(section, type(section).model_validate(given), f"{table}."))
+    own = type(section)()
+    return {f"{table}.{name}": _one_line(value) for name, value in given.items() if value != getattr(own, name)} | found
+
+
+def _differences(table: Settings, plain: Settings, prefix: str) -> Iterator[tuple[str, str]]:
+    values = table.model_dump(mode="json")
+    for key in type(table).model_fields:
+        value, default = getattr(table, key), getattr(plain, key)
+        if isinstance(value, Settings):
+            yield from _differences(value, default, f"{prefix}{key}.")
+        elif value != default:
+            yield f"{prefix}{key}", _one_line(values[key])
 
 
 def fingerprint(*parts: object) -> str:
@@ -278,8 +301,10 @@ def _setting_path(loc: tuple[int | str, ...]) -> str:
     return path.removeprefix(".")
 
 
-def _refusal(problems: Sequence[str], source: str) -> UsageError:
-    return UsageError(bullet_list(problems), where=source)
+def _refusal(problems: Sequence[str], of_file: Collection[str], file: str) -> UsageError:
+    """What is wrong, and where: in the file, or in what was given beside it."""
+    said = [line if line in of_file or line.startswith("--set ") else f"--set {line}" for line in problems]
+    return UsageError(bullet_list(said), where=file if set(problems) & set(of_file) else "")
 
 
 def _resolved(study: Study, base: Path) -> Study:

@@ -17,11 +17,12 @@ from pathfm.config import ENCODER_NAMES, PATHS, bullet_list, load_study
 from pathfm.errors import ExitCode, PathfmError, StoreError, UsageError
 from pathfm.log import say
 from pathfm.running import run_study
+from pathfm.settings import Settings
 from pathfm.store.commit import read_json, write_json
 from pathfm.store.pinned import pinned_file
-from pathfm.store.receipts import ALL, read_receipt, receipt_path
+from pathfm.store.receipts import read_receipt, receipt_path
 from pathfm.study import Study
-from pathfm.study_plan import StudyPlan, flat, make_plan
+from pathfm.study_plan import StudyPlan, make_plan
 from pathfm.workflow import begin
 
 PLACES = PATHS | ENCODER_NAMES | {"name", "cohort.slides", "extract.also", "extract.weights", "tile.tissue.plugin"}
@@ -47,9 +48,8 @@ def replay(study: Study, record: Path) -> ExitCode:
     home = record.absolute().parent.parent
     out = study.out if not study.out.exists() else study.out.with_name(f"{study.out.name}-replay")
     if out.exists():
-        raise UsageError(
-            "a replay needs a folder of its own", where=str(out), fix="add --set out=FOLDER, one that is not there"
-        )
+        fix = "remove it, or add --set out=FOLDER, one that is not there"
+        raise UsageError("a replay needs a folder of its own", where=str(out), fix=fix)
     again = _as_recorded(study, read_json(record)["settings"]).model_copy(update={"out": out})
     try:
         _take_over(home, out)
@@ -92,19 +92,21 @@ def _jobs_of(record: Path) -> Mapping[str, Mapping[str, Any]]:
 
 def _as_recorded(study: Study, settings: Mapping[str, Any]) -> Study:
     """The study with the recorded settings; where things are is the given study's."""
-    given, recorded = flat(study), flat(settings)
-    differing = [
-        f"{name}={json.dumps(value)}"
-        for name, value in recorded.items()
-        if name in given and name not in PLACES and not name.startswith(("out", "compute.")) and given[name] != value
-    ]
-    for change in differing:
-        say(f"as recorded: {change}")
-    table = [f"{name}={json.dumps(value)}" for name, value in given.items() if name not in recorded or name in PLACES]
-    same = [
-        f"{name}={json.dumps(recorded[name])}" for name in given if name in recorded and name not in PLACES and name != "out"
-    ]
-    return load_study(None, [*table, *same])
+    given, recorded = _by_name(study, study.model_dump(mode="json")), _by_name(study, settings)
+    decided = {name: value for name, value in recorded.items() if name not in PLACES}
+    for name, value in decided.items():
+        if value != given[name] and not name.startswith("compute."):
+            say(f"as recorded: {name}={json.dumps(value)}")
+    return load_study(None, [f"{name}={json.dumps(value)}" for name, value in {**given, **decided}.items()])
+
+
+def _by_name(model: Settings, table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a table says of the settings that there are: dotted name -> value, which may be a table itself."""
+    found: dict[str, Any] = {}
+    for name in (name for name in type(model).model_fields if name in table):
+        inner, path = getattr(model, name), prefix + name
+        found |= _by_name(inner, table[name], f"{path}.") if isinstance(inner, Settings) else {path: table[name]}
+    return found
 
 
 def _check_same(plan: StudyPlan, recorded: Mapping[str, Mapping[str, Any]], record: Path) -> None:
@@ -128,7 +130,7 @@ def _check_same(plan: StudyPlan, recorded: Mapping[str, Mapping[str, Any]], reco
 
 def _differences(out: Path, plan: StudyPlan, recorded: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for job in plan.jobs:
-        receipt = read_receipt(receipt_path(out, job.stage, job.group or ALL))
+        receipt = read_receipt(receipt_path(out, job.stage, job.group))
         was = recorded[f"{job.stage}/{job.group}"]
         if receipt is None:
             yield f"{job.name}: not made"

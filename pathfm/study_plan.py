@@ -8,7 +8,7 @@ everything at once. Whether an artifact is up to date is decided by the stages t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pathfm.config import fingerprint
+from pathfm.encoder_pin import weights_digest
 from pathfm.errors import SlideError, StoreError, UsageError
 from pathfm.log import track
 from pathfm.pretrain_settings import PATH_SCHEMES
@@ -24,11 +25,11 @@ from pathfm.store.cohort import SlideRow
 from pathfm.store.commit import content_digest, read_json, write_json
 from pathfm.store.manifest import file_digest
 from pathfm.store.pinned import read_pinned
-from pathfm.store.receipts import ALL, FOLDER, STAGES, Receipt, groups_of, read_receipt, receipt_path
+from pathfm.store.receipts import ALL, FOLDER, NEEDS, STAGES, Receipt, groups_of, read_receipt, receipt_path
 from pathfm.study import ComputeSettings, Study, TileSettings
 from pathfm.workflow import Run
 
-FORMAT = 1
+FORMAT = 2
 FILE = "plan.json"
 LOOKS = 8
 """Slides that are looked at side by side."""
@@ -36,15 +37,9 @@ SHOWN = 5
 """Slides, or settings, that an explanation names."""
 PLACES_OF_STUDY = ("compute.", "out", "cohort.table", "cohort.slides", "cohort.clinical", "cohort.tile_labels")
 """Settings that say where things are, or how the work is done."""
-NEEDS = {
-    "check": (),
-    "tile": ("check",),
-    "pretrain": ("tile",),
-    "extract": ("tile", "pretrain"),
-    "mil": ("extract",),
-    "report": ("mil",),
-}
-"""The stages before each stage; ``extract`` only needs the tiles of its own group."""
+TILE_SETTINGS = "tile settings"
+NOT_SLIDES = frozenset({"sampling", "weights", TILE_SETTINGS})
+"""Inputs of pretraining that are no slides."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,10 @@ class Planned:
         return self.stage if self.group == ALL else f"{self.stage} {self.group}"
 
 
+ByStage = dict[str, dict[str, Planned]]
+"""Stage -> group -> job."""
+
+
 @dataclass(frozen=True)
 class StudyPlan:
     """All jobs of a study, in the order of the stages; ``settings`` is a digest of the settings they were planned with."""
@@ -101,6 +100,11 @@ class StudyPlan:
         """The jobs of a stage."""
         return tuple(job for job in self.jobs if job.stage == stage)
 
+    def up_to(self, stage: str) -> StudyPlan:
+        """The plan without what comes after a stage; empty: all of it."""
+        stages = STAGES[: STAGES.index(stage) + 1] if stage else STAGES
+        return replace(self, jobs=tuple(job for job in self.jobs if job.stage in stages))
+
     @property
     def stale(self) -> tuple[Planned, ...]:
         """The jobs that have to run."""
@@ -115,24 +119,29 @@ def make_plan(run: Run, forced: Sequence[str] = (), retrain: bool = False) -> St
         forced: stages that are to run again, and with them what comes after.
         retrain: the encoder is to be pretrained on all slides of the cohort again.
     """
-    jobs: list[Planned] = []
+    stages: ByStage = {}
     for job in _jobs(run, retrain):
         judged = _judged(run.layout.out, job)
-        upstream = [other for other in jobs if other.state != "current" and _feeds(other, judged)]
+        upstream = [other for other in _before(job, stages) if other.state != "current" and _feeds(other, job)]
         if judged.stage in forced:
             judged = replace(judged, state="forced", why=(*judged.why, "it is to run again (--forcerun)"))
         elif judged.state == "current" and upstream:
             more = f" and {len(upstream) - 1} more" if len(upstream) > 1 else ""
             judged = replace(judged, state="stale", why=(f"it follows on {upstream[0].name}{more}",))
-        jobs.append(judged)
-    return StudyPlan(tuple(jobs), settings_digest(run.study))
+        stages.setdefault(job.stage, {})[job.group] = judged
+    return StudyPlan(tuple(job for groups in stages.values() for job in groups.values()), settings_digest(run.study))
+
+
+def _before(job: Planned, stages: ByStage) -> list[Planned]:
+    """The jobs that must be done before a job; of tiles, extraction needs those of its own group only."""
+    needed = [(stage, stages.get(stage, {})) for stage in NEEDS[job.stage]]
+    of_group = ("tile",) if job.stage == "extract" else ()
+    return [other for stage, jobs in needed for other in ([jobs[job.group]] if stage in of_group else jobs.values())]
 
 
 def _feeds(upstream: Planned, job: Planned) -> bool:
-    """Whether a job that runs makes another one run. New slides do not touch the encoder, whose list of slides is frozen."""
-    if upstream.stage not in NEEDS[job.stage] or upstream.stage == "check" or job.stage == "pretrain":
-        return False
-    return (upstream.stage, job.stage) != ("tile", "extract") or upstream.group == job.group
+    """Whether a job that runs makes the next one run. New slides do not touch the encoder, whose list of slides is frozen."""
+    return upstream.stage != "check" and job.stage != "pretrain"
 
 
 def settings_digest(study: Study) -> str:
@@ -159,18 +168,18 @@ def _jobs(run: Run, retrain: bool) -> Iterator[Planned]:
     slides = _planned_slides(run)
     groups = groups_of(run.cohort.rows, run.study.compute.group_slides)
     cohort = {row.slide_id: _row_digest(row) for row in run.cohort.rows}
+    tiles = {group: {row.slide_id: slides[row.slide_id] for row in rows} for group, rows in groups.items()}
     yield _job("check", ALL, run.study, {"cohort": fingerprint(cohort)}, cohort)
-    for group, rows in groups.items():
-        yield _job("tile", group, run.study, {row.slide_id: slides[row.slide_id] for row in rows}, rows=rows)
+    for group, inputs in tiles.items():
+        yield _job("tile", group, run.study, inputs, inputs)
     encoder = _other_encoder(run.study)
     if run.study.has_own_encoder:
         pretrain = _pretrain_job(run, slides, retrain)
         yield pretrain
         encoder = fingerprint([pretrain.fingerprint, encoder])
     made, more = {}, {"encoder": encoder, TILE_SETTINGS: _tile_settings(run.study)}
-    for group, rows in groups.items():
-        inputs = {row.slide_id: slides[row.slide_id] for row in rows}
-        job = _job("extract", group, run.study, {**inputs, **more}, rows=rows)
+    for group, inputs in tiles.items():
+        job = _job("extract", group, run.study, {**inputs, **more}, inputs)
         made[group] = job.fingerprint
         yield job
     truth, split = run.study.cohort.tile_labels, run.study.mil.split.file
@@ -181,19 +190,10 @@ def _jobs(run: Run, retrain: bool) -> Iterator[Planned]:
     yield _job("report", ALL, run.study, {"mil": classifier.fingerprint}, cohort)
 
 
-def _job(
-    stage: str,
-    group: str,
-    study: Study,
-    inputs: Mapping[str, str],
-    slides: Mapping[str, str] | None = None,
-    *,
-    rows: Sequence[SlideRow] = (),
-) -> Planned:
+def _job(stage: str, group: str, study: Study, inputs: Mapping[str, str], slide_ids: Iterable[str]) -> Planned:
     settings = _settings_of(stage, study)
-    ids = tuple(sorted(slides or (row.slide_id for row in rows)))
     whole = fingerprint({"stage": stage, "version": _version(stage), "inputs": dict(inputs)}, settings)
-    return Planned(stage, group, whole, settings, dict(inputs), ids)
+    return Planned(stage, group, whole, settings, dict(inputs), tuple(sorted(slide_ids)))
 
 
 def _settings_of(stage: str, study: Study) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _look(row: SlideRow, settings: TileSettings) -> str:
 def _pretrain_job(run: Run, slides: Mapping[str, str], retrain: bool) -> Planned:
     """Pretraining depends on the slides that there were when it first ran: they are frozen then."""
     from pathfm.mil.held_out import held_out_slides
-    from pathfm.pretraining import sampling_facts, weights_digest
+    from pathfm.pretraining import sampling_facts
 
     out, pinned = held_out_slides(run.study, run.cohort), read_pinned(run.layout.out)
     is_open = retrain or (pinned is not None and not pinned.slides)
@@ -278,11 +278,6 @@ def _pretrain_job(run: Run, slides: Mapping[str, str], retrain: bool) -> Planned
     return _job("pretrain", ALL, run.study, {**inputs, **more, TILE_SETTINGS: _tile_settings(run.study)}, inputs)
 
 
-TILE_SETTINGS = "tile settings"
-NOT_SLIDES = frozenset({"sampling", "weights", TILE_SETTINGS})
-"""Inputs of pretraining that are no slides."""
-
-
 def _tile_settings(study: Study) -> str:
     from pathfm.tile.stage import tile_settings_digest
 
@@ -291,8 +286,6 @@ def _tile_settings(study: Study) -> str:
 
 def _other_encoder(study: Study) -> str:
     """What decides the features of an encoder that was not pretrained here: local weights by content, others by name."""
-    from pathfm.pretraining import weights_digest
-
     names = (study.extract.encoder, *study.extract.also)
     given = study.extract.weights
     return fingerprint(
@@ -356,26 +349,35 @@ def plan_file(out: Path) -> Path:
 
 
 def write_plan(path: Path, plan: StudyPlan) -> None:
-    """Writes a plan: by stage and group the fingerprint, the state, the number of slides, and all else that a job needs."""
-    stages: dict[str, dict[str, Any]] = {}
+    """Writes a plan: the order of the stages; by stage and group all of a job, and the names of those that come before it."""
+    stages: ByStage = {}
     for job in plan.jobs:
-        stages.setdefault(job.stage, {})[job.group] = {**asdict(job), "slides": len(job.slide_ids)}
-    write_json(path, {"format": FORMAT, "settings": plan.settings, "stages": stages})
+        stages.setdefault(job.stage, {})[job.group] = job
+    written = {
+        stage: {
+            group: {**asdict(job), "after": [f"{other.stage}/{other.group}" for other in _before(job, stages)]}
+            for group, job in jobs.items()
+        }
+        for stage, jobs in stages.items()
+    }
+    write_json(path, {"format": FORMAT, "settings": plan.settings, "order": STAGES, "stages": written})
 
 
 def read_plan(out: Path) -> StudyPlan:
     """The plan that was written last.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or another version of pathfm has written it.
     """
-    path = plan_file(out)
+    path, fix = plan_file(out), "run `pathfm plan STUDY` first"
     if not path.is_file():
-        raise UsageError("nothing is planned here", where=str(out), fix="run `pathfm plan STUDY` first")
+        raise UsageError("nothing is planned here", where=str(out), fix=fix)
     found = read_json(path)
+    if found.get("format") != FORMAT:
+        raise UsageError("a plan of another version of pathfm", where=str(path), fix=fix)
     jobs = []
     for job in (job for groups in found["stages"].values() for job in groups.values()):
-        job.pop("slides")
+        job.pop("after")
         jobs.append(Planned(**{**job, "slide_ids": tuple(job["slide_ids"]), "why": tuple(job["why"])}))
     jobs.sort(key=lambda job: (STAGES.index(job.stage), int(job.group.partition("-of-")[0]) if job.group != ALL else 0))
     return StudyPlan(tuple(jobs), found["settings"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pathfm.errors import ExitCode, MissingExtraError, StoreError, UsageError
 from pathfm.log import get_log, say, status, track
+from pathfm.pretrain_settings import PretrainSettings
 from pathfm.store.cohort import shard_of
 from pathfm.store.layout import Layout
 from pathfm.store.record import Outcome, StageReport, read_record
@@ -132,10 +133,13 @@ def export(source: Path, format: str, out: Path) -> ExitCode:
 
 
 def say_keep_note(study: Study) -> None:
-    """Says which ``tile.keep_px`` the study's pretraining wants, when the tiles have less."""
+    """Says which ``tile.keep_px`` the study's pretraining wants, when the tiles have less.
+
+    Only of a study that sets something of pretraining: others may be tiled for a public encoder that nobody has named yet.
+    """
     from pathfm.tile.check import keep_note
 
-    if note := keep_note(study):
+    if study.pretrain != PretrainSettings() and (note := keep_note(study)):
         say(f"note: {note}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pathfm.addresses import is_remote, public_name, remote_url
-from pathfm.config import dump_study, load_study
+from pathfm.config import dump_study, load_study, not_default
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.log import say, status
 from pathfm.run_manifest import recorded
@@ -22,7 +22,8 @@ from pathfm.store.lease import WATCH, Leases, holder
 from pathfm.store.pseudonyms import refuse_named_files
 from pathfm.store.record import Outcome, StageReport
 from pathfm.store.tile_store import open_tiles
-from pathfm.study import ComputeSettings, Study
+from pathfm.study import CohortSettings, ComputeSettings, Study
+from pathfm.workers import ProcessName
 
 if TYPE_CHECKING:
     from pathfm.extract.stage import Extraction
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 STUDY_SUFFIXES = {".yaml", ".yml"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".xlsx"}
 PRETRAINED = "pretrained encoder"
+SHOWN = 8
+"""Kept settings that are named."""
 
 
 @dataclass
@@ -68,8 +71,13 @@ class Run:
         return max((report.exit_code for report in self.reports.values()), default=ExitCode.DONE)
 
 
-def open_study(source: Path, overrides: Sequence[str] = ()) -> Study:
+def open_study(source: Path, overrides: Sequence[str] = (), stage: str = "") -> Study:
     """The study of a YAML file, or of the output folder of an earlier command (which keeps its ``study.yaml``).
+
+    Args:
+        source: the file or folder.
+        overrides: as ``tile.mpp=0.5``.
+        stage: tile, pretrain, extract or mil: what a folder keeps of its settings is said; empty: of none.
 
     Raises:
         UsageError: neither of the two.
@@ -81,10 +89,21 @@ def open_study(source: Path, overrides: Sequence[str] = ()) -> Study:
                 "no study.yaml in this folder", where=str(source), fix="name a study file, or run `pathfm tile` first"
             )
         study = load_study(file, _one_cohort(overrides))
+        _say_kept(file, study, overrides, stage)
         # The folder may have been moved since: it is the output folder, wherever its settings say it was.
         is_given = any(override.partition("=")[0].strip() == "out" for override in overrides)
         return study if is_given else study.model_copy(update={"out": source.absolute()})
     return load_study(source, _one_cohort(overrides))
+
+
+def _say_kept(file: Path, study: Study, overrides: Sequence[str], stage: str) -> None:
+    """Says which settings of a stage are neither defaults nor given now."""
+    given = tuple(override.partition("=")[0].strip() for override in overrides)
+    changed = not_default(study, stage) if stage else {}
+    kept = [f"{name}={value}" for name, value in changed.items() if not f"{name}.".startswith(tuple(f"{it}." for it in given))]
+    if kept:
+        more = f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else ""
+        say(f"kept settings of {file}: {', '.join(kept[:SHOWN])}{more} (change with --set)")
 
 
 def _one_cohort(overrides: Sequence[str]) -> list[str]:
@@ -94,15 +113,20 @@ def _one_cohort(overrides: Sequence[str]) -> list[str]:
     return [*cleared, *overrides]
 
 
-def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Study:
+def study_from_sources(sources: Sequence[str], overrides: Sequence[str], stage: str = "tile") -> Study:
     """The study that ``pathfm tile SOURCES`` means: a study file, a cohort table, or slides.
 
+    Args:
+        sources: of the command line.
+        overrides: as ``tile.mpp=0.5``.
+        stage: of ``open_study``.
+
     Raises:
-        UsageError: slides without an output folder, or a study file beside other sources.
+        UsageError: slides without an output folder, a study file beside other sources, or slides in place of a cohort table.
     """
     suffixes = {Path(source).suffix.lower() for source in sources}
     if len(sources) == 1 and (suffixes & STUDY_SUFFIXES or (Path(sources[0]) / "study.yaml").is_file()):
-        return open_study(Path(sources[0]), overrides)
+        return open_study(Path(sources[0]), overrides, stage)
     if suffixes & (STUDY_SUFFIXES | TABLE_SUFFIXES) and len(sources) > 1:
         raise UsageError("a study file or cohort table stands alone", where=" ".join(sources), fix="name it and nothing else")
     out = next((Path(override.removeprefix("out=")) for override in overrides if override.startswith("out=")), None)
@@ -112,10 +136,21 @@ def study_from_sources(sources: Sequence[str], overrides: Sequence[str]) -> Stud
     kept = (out / "study.yaml").is_file()
     # What kind of sources these are is said with them.
     plain = ["cohort.folder_of_tiles=false"] if kept else []
+    study = open_study(out, [*plain, *overrides], stage) if kept else load_study(None, overrides)
+    cohort = study.cohort.model_copy(update=cohort_of(sources))
     if kept:
-        status("study.yaml", "kept", f"settings of {out / 'study.yaml'} are used where the command line says nothing else")
-    study = open_study(out, [*plain, *overrides]) if kept else load_study(None, overrides)
-    return study.model_copy(update={"cohort": study.cohort.model_copy(update=cohort_of(sources))})
+        _compare_cohorts(study.cohort, cohort, out)
+    return study.model_copy(update={"cohort": cohort})
+
+
+def _compare_cohorts(was: CohortSettings, now: CohortSettings, out: Path) -> None:
+    """Says that a folder gets another cohort; a table is not given up for slides, since labels would be lost."""
+    if was.table and not now.table:
+        fix = "name another --out; or add --set cohort.table=null, and the slides replace the table"
+        raise UsageError(f"the cohort of this folder is {was.table.name}, with patients and labels", where=str(out), fix=fix)
+    names = [it.table.name if it.table else ", ".join(Path(source).name for source in it.slides) for it in (was, now)]
+    if names[0] and (was.table, was.slides) != (now.table, now.slides):
+        say(f"the cohort of {out} is now {names[1]} (was {names[0]})")
 
 
 def cohort_of(sources: Sequence[str]) -> dict[str, object]:
@@ -154,11 +189,12 @@ def study_to_oneself(out: Path) -> Iterator[None]:
         UsageError: another engine has it.
     """
     target, ttl_s = out / "engine", ComputeSettings().lease_s
+    here = f"host {ProcessName.here().host},"
     with Leases(ttl_s) as leases:
         lease = leases.take(target)
         # Whether a holder on another machine is alive shows after a while only.
         until = time.monotonic() + ttl_s * WATCH * 1.2
-        while lease is None and os.uname().nodename not in holder(target) and time.monotonic() < until:
+        while lease is None and not holder(target).startswith(here) and time.monotonic() < until:
             time.sleep(1.0)
             lease = leases.take(target)
         if lease is None:
@@ -212,9 +248,12 @@ def tile(study: Study) -> ExitCode:
 
 
 def _tile(study: Study) -> ExitCode:
+    from pathfm.tiling import say_keep_note
+
     run = begin(study)
     keep_settings(run)
     run_tiling(run)
+    say_keep_note(study)
     return run.exit_code
 
 
@@ -255,11 +294,10 @@ def _extract(study: Study, tiles_too: bool) -> ExitCode:
 def run_tiling(run: Run) -> None:
     """The tile stage, noted."""
     from pathfm.tile.stage import run_tile
-    from pathfm.tiling import say_keep_note, show_tiles
+    from pathfm.tiling import show_tiles
 
     report = run_tile(run.study, run.cohort, run.layout)
     run.note(report)
-    say_keep_note(run.study)
     run.stores = None
     # Every job of an array would write the same page again.
     if not run.study.compute.shard:

@@ -254,3 +254,14 @@ def test_the_fingerprint_is_the_same_in_another_process():
         env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)},
     )
     assert output.stdout.strip() == fingerprint(TileSettings())
+
+
+def test_what_the_command_line_got_wrong_is_not_blamed_on_the_file(study_file):
+    path = study_file("name: x\n")
+    for override, said in {"compute.batchsize=3": "compute.batchsize: unknown", "mil.folds=1": "mil.folds: must"}.items():
+        assert refusal(path, [override]).startswith(f"--set {said}")
+    path = study_file("mil: {level: room}\n")
+    message = refusal(path, ["mil.folds=1"])
+    assert message.startswith(f"{path}: 2 problems")
+    assert "- mil.level: must" in message
+    assert "- --set mil.folds: must" in message

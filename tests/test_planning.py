@@ -13,6 +13,7 @@ from pathfm.pretrain.views import fitting_crops
 from pathfm.pretrain_settings import CropSettings, PretrainSettings
 from pathfm.study import CohortSettings, ComputeSettings, ExtractSettings, Study, TileSettings
 from pathfm.tile.check import keep_note
+from pathfm.tiling import say_keep_note
 from pathfm.workflow import tile
 
 COMPUTE = ComputeSettings(device="cpu", threads=1)
@@ -43,6 +44,13 @@ def test_no_keep_px_where_none_is_wanted():
     assert keep_note(study(extract=ExtractSettings(encoder="timm:vit_tiny_patch16_224"))) == ""
     assert keep_note(study(cohort=CohortSettings(folder_of_tiles=True))) == "", "tiles that are cut already"
     assert "tile.keep_px=423" in keep_note(study({"high_resolution": {"start": 0.9}}))
+
+
+def test_tiling_speaks_of_pretraining_only_where_the_study_does(capsys):
+    say_keep_note(study())
+    assert capsys.readouterr().out == ""
+    say_keep_note(study({"steps": 77}))
+    assert "tile.keep_px=247" in capsys.readouterr().out
 
 
 def test_crops_shrink_to_the_tiles_and_the_plan_says_so():

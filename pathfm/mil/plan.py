@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from pathfm.config import fingerprint
 from pathfm.errors import UsageError
 from pathfm.log import say
+from pathfm.mil.aggregators.registry import AGGREGATORS, check_options, find_aggregator
 from pathfm.mil.bags import Bags
 from pathfm.mil.ensemble import FoldPlaces, tested_places
 from pathfm.mil.feature_cache import FeatureCache
@@ -23,10 +25,22 @@ from pathfm.mil.grown_splits import changed_settings
 from pathfm.mil.held_out import held_out_patients
 from pathfm.mil.inputs import Gathered, MilInputs, gather
 from pathfm.mil.leaks import Leak, SlideTrace, check_leaks, find_leaks, together
-from pathfm.mil.roster import Unit, all_columns, check_cohort, make_units, patient_ids, said_label, stratum_of
-from pathfm.mil.saved_splits import kept_splits
-from pathfm.mil.seen import Seen, look_for_seen
-from pathfm.mil.splits import Splits, held_out_splits, make_splits, patient_facts
+from pathfm.mil.network import build_network, spec_of
+from pathfm.mil.roster import (
+    Absence,
+    Unit,
+    all_columns,
+    check_cohort,
+    has_label,
+    make_units,
+    patient_ids,
+    said_label,
+    stratum_of,
+)
+from pathfm.mil.saved_splits import kept_splits, read_splits
+from pathfm.mil.search import candidate_settings, inner_folds
+from pathfm.mil.seen import Seen, look_for_seen, rule_of
+from pathfm.mil.splits import CLASS_KINDS, Splits, held_out_splits, make_splits, patient_facts
 from pathfm.mil.tasks import TaskSet, make_tasks
 from pathfm.mil_settings import MilSettings
 from pathfm.stats.folds import Fold, held_out_fold
@@ -154,18 +168,7 @@ def make_plan(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCac
     seen = look_for_seen(study, cohort, inputs.stores_dir, inputs.encoder_dir)
     strata = stratum_of(units, _strata(tasks, target_BT))
     before = kept_splits(inputs.mil_dir, study.mil)
-    splits = (
-        _own_split(study, cohort, strata, together(leaks), before)
-        if _is_own_split(study, seen)
-        else make_splits(
-            strata,
-            patient_facts(cohort.rows, patients),
-            together(leaks) if study.mil.split.leaks == "merge" else (),
-            study.mil,
-            tasks.main.kind,
-            before,
-        )
-    )
+    splits = _split(study, cohort, strata, tasks, together(leaks), before)
     if before is not None and before.folds != splits.folds:
         changed = ", ".join(changed_settings(before, splits))
         say(f"splits: {splits.origin or f'cut anew, since other settings made the earlier ones ({changed})'}")
@@ -180,6 +183,39 @@ def make_plan(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCac
     for slide_id, facts in gathered.slides.items():
         gathered.slides[slide_id] = cache.facts[slide_id] = replace(facts, row_hashes=facts.row_hashes[:0])
     return plan
+
+
+def check_plan(study: Study, cohort: Cohort, mil_dir: Path) -> None:
+    """Refuses, before there are features, what settings and cohort show to be impossible; as if no slide will fail.
+
+    Which patients share data is not known yet, and not asked. Saved splits are read; whether they are of the patients who
+    take part shows later.
+
+    Args:
+        study: the study.
+        cohort: all its slides.
+        mil_dir: the stage's folder, with the splits of an earlier run.
+
+    Raises:
+        UsageError: an aggregator, option, value of a search or column that is not there, labels that nothing can be learned
+            from, or a cohort that cannot be split so.
+    """
+    settings, patients = study.mil, patient_ids(cohort, study.cohort)
+    check_cohort(cohort, settings)
+    absent = {row.slide_id: Absence("no label", "") for row in cohort.rows if not has_label(row, settings)}
+    units = make_units(cohort, patients, absent, settings)
+    tasks = make_tasks(settings, [unit.labels for unit in units])
+    for _, each in candidate_settings(settings):
+        _check_aggregator(each, tasks.outputs)
+    subgroup_columns(cohort, settings)
+    if settings.split.file is not None:
+        read_splits(settings.split.file, patients)
+        return
+    strata = stratum_of(units, _strata(tasks, tasks.encode([unit.labels for unit in units])))
+    splits = _split(study, cohort, strata, tasks, (), kept_splits(mil_dir, settings))
+    for number, fold in enumerate(splits.folds if settings.search else ()):
+        inside = {patient: strata[patient] for patient in (*fold.train, *fold.validation)}
+        inner_folds(inside, number, settings, classes=tasks.main.kind in CLASS_KINDS)
 
 
 def fold_places(fold: Fold, units: Sequence[Unit], left_out: Collection[str] = ()) -> FoldPlaces:
@@ -224,9 +260,28 @@ def _traces(gathered: Gathered, patients: Mapping[str, str]) -> Iterator[SlideTr
         yield SlideTrace(slide_id, patients[slide_id], identity or None, thumbnail, facts.digest, facts.row_hashes)
 
 
-def _is_own_split(study: Study, seen: Seen) -> bool:
-    """Whether the split was made before the study's own encoder was pretrained: then that one alone counts."""
-    return seen.rule == "exclude" and study.has_own_encoder
+def _check_aggregator(settings: MilSettings, outputs: int) -> None:
+    """It must exist and take its options. Others' are not built: theirs may need weights, or the length of the features."""
+    kind, arguments = find_aggregator(settings.aggregator)
+    check_options(settings.aggregator, kind, settings.options, arguments)
+    if settings.aggregator in AGGREGATORS:
+        build_network(spec_of(settings, settings.hidden, outputs))
+
+
+def _split(
+    study: Study,
+    cohort: Cohort,
+    strata: Mapping[str, str],
+    tasks: TaskSet,
+    joined: Collection[frozenset[str]],
+    before: Splits | None,
+) -> Splits:
+    """The splits of a study. One that was made before the study's own encoder was pretrained is the only one that counts."""
+    if rule_of(study) == "exclude" and study.has_own_encoder:
+        return _own_split(study, cohort, strata, joined, before)
+    facts = patient_facts(cohort.rows, patient_ids(cohort, study.cohort))
+    merged = joined if study.mil.split.leaks == "merge" else ()
+    return make_splits(strata, facts, merged, study.mil, tasks.main.kind, before)
 
 
 def _own_split(

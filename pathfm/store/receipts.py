@@ -7,7 +7,7 @@ outside the study: the same study gives the same receipts, whatever ran it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,19 @@ from pathfm.store.commit import read_json, write_json
 
 FORMAT = 1
 FOLDER = "receipts"
-STAGES = ("check", "tile", "pretrain", "extract", "mil", "report")
-"""In the order in which they run; tile and extract have a job per group of slides, the others one."""
+NEEDS = {
+    "check": (),
+    "tile": ("check",),
+    "pretrain": ("tile",),
+    "extract": ("tile", "pretrain"),
+    "mil": ("extract",),
+    "report": ("mil",),
+}
+"""The stages before each stage."""
+STAGES = tuple(NEEDS)
+"""In the order in which they run."""
 BY_GROUP = ("tile", "extract")
+"""Stages with a job per group of slides; the others have one. Extraction of a group needs the tiles of that group only."""
 ALL = "all"
 """The group of stages with one job."""
 
@@ -130,9 +140,3 @@ def read_receipt(path: Path) -> Receipt | None:
     if receipt.content != content:
         raise StoreError("this receipt was altered", where=str(path), fix="remove it: it is made anew")
     return receipt
-
-
-def read_receipts(out: Path, stages: Iterable[str] = STAGES) -> list[Receipt]:
-    """All receipts of a study, by stage and group."""
-    paths = [path for stage in stages for path in sorted((out / FOLDER / stage).glob("*.json"))]
-    return [receipt for path in paths if (receipt := read_receipt(path))]

@@ -10,6 +10,7 @@ import pytest
 
 from pathfm.geometry import Size
 from pathfm.slides.synthetic import SyntheticSpec, write_cohort
+from pathfm.store.receipts import STAGES, read_receipt, receipt_path
 
 STUDY = """
 name: tiny
@@ -37,6 +38,11 @@ def study_file(tmp_path, cohort_table):
     path = tmp_path / "study.yaml"
     path.write_text(STUDY.format(out="out", table=cohort_table))
     return path
+
+
+def read_receipts(out, stages=STAGES):
+    """All receipts of a study, by stage and group."""
+    return [read_receipt(path) for stage in stages for path in sorted(receipt_path(out, stage, "all").parent.glob("*.json"))]
 
 
 def pathfm(*arguments, crash_at="", **options):

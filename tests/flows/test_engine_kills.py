@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from pathfm.store.commit import content_digest
-from pathfm.store.receipts import STAGES, read_receipts, receipt_path
-from tests.flows.conftest import STUDY, pathfm, run
+from pathfm.store.receipts import STAGES, receipt_path
+from tests.flows.conftest import STUDY, pathfm, read_receipts, run
 from tests.flows.tile_runs import PATIENCE_S, end, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]

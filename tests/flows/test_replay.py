@@ -10,7 +10,7 @@ import pytest
 
 from pathfm.config import load_study
 from pathfm.errors import ExitCode, UsageError
-from pathfm.replaying import replay
+from pathfm.replaying import _as_recorded, replay
 from pathfm.run_manifest import RunManifest, manifest_files
 from pathfm.running import run_study
 from pathfm.study_plan import make_plan
@@ -86,6 +86,13 @@ def test_what_would_not_be_the_same_is_refused_before_any_work(study):
     assert "check/all" not in slide
     assert "no such record" in _refused(study, record.with_name("none.json"))
     assert "not the record of a study" in _refused(study, study.changed(record, lambda content: content | {"jobs": {}}))
+
+
+def test_settings_that_are_tables_come_from_the_record_too(study):
+    recorded = load_study(study.file, ["mil.options={dropout: 0.5}", "pretrain.sampling.weights={site: {a: 2}}"])
+    for given in (recorded, study.opened()):
+        again = _as_recorded(given, recorded.model_dump(mode="json"))
+        assert (again.mil, again.pretrain) == (recorded.mil, recorded.pretrain)
 
 
 @pytest.fixture(scope="module")

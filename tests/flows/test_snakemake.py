@@ -6,6 +6,7 @@ Jobs are a script that copies a ready receipt, so that a run costs a second; the
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,14 +19,16 @@ import pytest
 import yaml
 
 from pathfm import snakemake_engine, snakemake_progress
+from pathfm.config import load_study
 from pathfm.errors import ExitCode, MissingExtraError, UsageError
-from pathfm.snakemake_engine import EngineOptions, pipelines, run_snakemake
+from pathfm.running import RunOptions, run_study
+from pathfm.snakemake_engine import check_engine, pipelines, run_snakemake, unlock
 from pathfm.snakemake_progress import Progress, follow
 from pathfm.store.lease import Leases
-from pathfm.store.receipts import STAGES, Receipt, SlideReceipt, read_receipt, read_receipts, receipt_path, write_receipt
+from pathfm.store.receipts import STAGES, Receipt, SlideReceipt, read_receipt, receipt_path, write_receipt
 from pathfm.study_plan import Planned, StudyPlan, plan_file, write_plan
 from pathfm.workflow import study_to_oneself
-from tests.flows.conftest import run
+from tests.flows.conftest import read_receipts, run
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("snakemake") is None, reason="Snakemake is not installed (pip install 'pathfm[pipelines]')"
@@ -66,8 +69,9 @@ def planned(out, states):
 
 
 def engine(out, plan, **options):
-    script = out.parent / "job.sh"
-    return run_snakemake(out, plan, EngineOptions(jobs=2, command=f"bash {shlex.quote(str(script))}", **options))
+    wanted = RunOptions(engine="snakemake", jobs=2, **options)
+    check_engine(wanted)
+    return run_snakemake(out, plan, wanted, f"bash {shlex.quote(str(out.parent / 'job.sh'))}")
 
 
 def calls(out):
@@ -114,7 +118,8 @@ def test_a_job_that_breaks_ends_what_follows_from_it_and_nothing_else(study, cap
         study, {"else": "current", **{(stage, group): "stale" for stage, group in ALL if stage not in {"check", "pretrain"}}}
     )
     (study / "broken-extract-1-of-2").write_text("2")
-    assert engine(study, plan) == ExitCode.USAGE
+    assert engine(study, plan, snakemake_report=True) == ExitCode.USAGE
+    assert not (study / "report").exists(), "there is nothing to report on yet"
     assert calls(study) == [("extract", "1-of-2"), ("extract", "2-of-2"), ("tile", "1-of-2"), ("tile", "2-of-2")]
     now = fingerprints(study)
     assert now["tile", "1-of-2"] == "tile 1-of-2"
@@ -159,6 +164,16 @@ def test_profiles_force_what_is_in_the_graph_and_let_no_time_decide():
         profile = yaml.safe_load((pipelines() / "profiles" / name / "config.yaml").read_text())
         assert profile["forceall"] is profile["rerun-incomplete"] is profile["keep-going"] is True
         assert profile["rerun-triggers"] == ["params", "input"]
+
+
+def test_every_stage_has_a_rule():
+    assert re.findall(r'^    "(\w+)": \(', (pipelines() / "Snakefile").read_text(), re.MULTILINE) == list(STAGES)
+
+
+def test_how_a_run_ends_when_jobs_or_snakemake_itself_end_badly():
+    assert snakemake_engine._worst([75, 3]) == ExitCode.SOME_FAILED
+    assert snakemake_engine._worst([3, 137, 2]) == ExitCode.INTERNAL
+    assert snakemake_engine._trouble(-signal.SIGKILL, ["1 of 8 steps"]).exit_code == ExitCode.INTERNAL
 
 
 def test_a_profile_that_is_none_is_refused_even_with_nothing_to_do(study, tmp_path, monkeypatch):
@@ -314,6 +329,10 @@ def test_until_a_stage_and_pictures_of_what_is_left(study, tmp_path, capsys):
     assert every.count("[label = ") == len(ALL) + 1
     assert engine(study, plan, until="tile") == ExitCode.DONE
     assert calls(study) == sorted(job for job in ALL if job[0] in {"check", "tile"})
+    lock = study / ".snakemake" / "locks" / "0.input.lock"
+    lock.touch()
+    unlock(study)
+    assert not lock.exists()
 
 
 @pytest.mark.long
@@ -377,10 +396,11 @@ def test_the_kubernetes_profile_submits_jobs_and_asks_for_them(study, monkeypatc
 ENGINE = """
 import sys
 from pathlib import Path
-from pathfm.snakemake_engine import EngineOptions, run_snakemake
+from pathfm.running import RunOptions
+from pathfm.snakemake_engine import run_snakemake
 from pathfm.study_plan import read_plan
 out = Path(sys.argv[1])
-sys.exit(run_snakemake(out, read_plan(out), EngineOptions(jobs=2, command=sys.argv[2])))
+sys.exit(run_snakemake(out, read_plan(out), RunOptions(jobs=2), sys.argv[2]))
 """
 
 
@@ -405,6 +425,14 @@ def test_an_ended_engine_leaves_what_is_finished_and_the_next_goes_on(study, num
     plan = planned(study, done)
     assert engine(study, plan) == ExitCode.DONE
     assert calls(study) == sorted(set(ALL) - done.keys())
+
+
+@pytest.mark.long
+def test_a_dry_run_builds_the_graph_and_writes_nothing(study_file, capsys):
+    study = load_study(study_file, ["compute.group_slides=4"])
+    assert run_study(study, RunOptions(engine="snakemake", dry_run=True)) == ExitCode.DONE
+    assert "10 jobs would run" in capsys.readouterr().out
+    assert not study.out.exists()
 
 
 @pytest.mark.long
