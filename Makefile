@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 define LOCK
-import sys
-from pathfm.sbom import constraints
+import json, re, sys
+from pathlib import Path
+found = [item["metadata"] for item in json.loads(Path(sys.argv[1]).read_text())["install"]]
+pins = {re.sub("[-_.]+", "-", one["name"]).lower(): one["version"].partition("+")[0] for one in found}
 print("# Versions that work together: pip install -c constraints.txt 'pathfm[dev]' (or any other extras).")
 print(f"# Made by `make constraints` with Python {sys.version_info.major}.{sys.version_info.minor} on Linux; do not edit.")
-print(constraints(), end="")
+print(*(f"{name}=={version}" for name, version in sorted(pins.items()) if name != "pathfm"), sep="\n")
 endef
 export LOCK
 
@@ -24,7 +26,7 @@ test-long: $(VENV)/.with-dev
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "long and not slurm" --timeout 1800
 
 test-slurm: $(VENV)/.with-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest tests/slurm -m slurm --timeout 900
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest tests/slurm -m slurm --timeout 900 -rs
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
@@ -38,11 +40,14 @@ format: $(VENV)/.with-dev
 bench: $(VENV)/.with-dev
 	$(BIN)/python -m benchmarks
 
+# Asks pip what it would install, and installs nothing. Older pips would fetch every wheel for that.
 constraints:
-	$(PYTHON) -m venv .venv-constraints
-	.venv-constraints/bin/pip install --quiet '.[dev,umap]'
-	.venv-constraints/bin/python -c "$$LOCK" > constraints.txt
-	rm -rf .venv-constraints
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --upgrade pip
+	build/lock/bin/pip install --quiet --dry-run --ignore-installed --report build/lock/report.json '.[dev,umap]'
+	build/lock/bin/python -c "$$LOCK" build/lock/report.json > build/lock/constraints.txt
+	mv build/lock/constraints.txt constraints.txt
+	rm -rf build/lock
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

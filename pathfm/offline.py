@@ -11,11 +11,13 @@ import csv
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import Distribution
 from importlib.util import find_spec
@@ -37,8 +39,9 @@ SUMS, CONSTRAINTS, INSTALL, README, SBOM = "SHA256SUMS", "constraints.txt", "ins
 WHEELS, BUNDLES, ENCODERS = "wheels", "bundles", "encoders"
 LEFT_OUT = frozenset({"pip"})
 """Every new environment brings its own."""
-SOURCE = ("pyproject.toml", "README.md", "LICENSE", "pathfm")
+SOURCE = ("pyproject.toml", "README.md", "LICENSE", "pathfm", "pipelines")
 """What of a checkout goes into pathfm's own wheel."""
+COPY = "source"
 GB = 1e9
 _TEXTS = Path(__file__).parent / "offline_texts"
 
@@ -134,27 +137,40 @@ def _fetch_one(folder: Path, name: str, found: Distribution) -> None:
             what = f"pip cannot get a wheel of {name} {found.version}: no index is in reach, or it has none for this machine"
             raise UsageError(what, fix=f"see why: pip wheel --no-deps {name}=={found.version}; what was got is kept")
         wheel = made.get((name, Version(found.version)))
-        if wheel is None:
-            what = f"the source of {name} is not that of the installed version {found.version}"
-            raise UsageError(what, fix="install it again (pip install --editable .)")
+        if wheel is None or ((Path(scratch) / COPY).exists() and not _is_what_runs(wheel, found)):
+            what = f"the source of {name} has changed since version {found.version} was installed from it"
+            raise UsageError(what, fix="install it again, then run the same command; what was got is kept")
         wheel.replace(folder / wheel.name)
 
 
 def _requirement(name: str, found: Distribution, scratch: Path) -> str:
     """What pip is asked for: a version, or where a distribution came from if not from an index (PEP 610)."""
-    checkout = Path(__file__).parents[1]
-    if name == ROOT and (checkout / SOURCE[0]).is_file():
-        # A copy, as building leaves files in the source, and files that were left there by older ones would go into the wheel.
-        for part in SOURCE:
-            _copy_part(checkout / part, scratch / "source" / part)
-        return str(scratch / "source")
     said = json.loads(found.read_text("direct_url.json") or "{}")
     url = str(said.get("url") or "")
-    if "dir_info" in said:
-        return url2pathname(urlsplit(url).path)
     if "vcs_info" in said:
         return f"{said['vcs_info']['vcs']}+{url}@{said['vcs_info']['commit_id']}"
-    return url or f"{name}=={found.version}"
+    if "dir_info" not in said:
+        return url or f"{name}=={found.version}"
+    folder = Path(url2pathname(urlsplit(url).path))
+    if not folder.is_dir():
+        raise UsageError(f"the folder that {name} was installed from is gone", where=str(folder), fix="install it again")
+    if name != ROOT:
+        return str(folder)
+    # A copy, as building leaves files in the source, and files that were left there by older ones would go into the wheel.
+    for part in SOURCE:
+        _copy_part(folder / part, scratch / COPY / part)
+    return str(scratch / COPY)
+
+
+def _is_what_runs(wheel: Path, found: Distribution) -> bool:
+    """Whether pathfm's own wheel has no other file, and needs nothing else, than the pathfm that makes it."""
+    here = Path(__file__).parents[1]
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    metadata = next(text.decode() for name, text in files.items() if name.endswith(".dist-info/METADATA"))
+    needs = [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+    own = {here / name: text for name, text in files.items() if name.startswith(f"{ROOT}/")}
+    return needs == (found.requires or []) and all(path.is_file() and path.read_bytes() == text for path, text in own.items())
 
 
 def _copy_part(source: Path, target: Path) -> None:
@@ -192,18 +208,20 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _write_texts(folder: Path, wheels: bool) -> None:
+    needed = sum(map(_installed_bytes, installed().values())) / GB
     facts = {
         "version": installed()[ROOT].version,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "platform": sysconfig.get_platform(),
+        "libc": " ".join(platform.libc_ver()),
         "sums": SUMS,
-        "wheels": "are in the folder" if wheels else "were left out: pathfm must be installed already",
+        "wheels": f"{needed:.1f} GB when installed" if wheels else "left out: pathfm must be installed already",
     }
     for name in (INSTALL, README):
         text = Template((_TEXTS / name).read_text(encoding="utf-8")).substitute(facts)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
-    lines = (f"{name}=={found.version}\n" for name, found in installed().items() if name not in {*LEFT_OUT, ROOT})
-    (folder / CONSTRAINTS).write_text("".join(lines), encoding="utf-8", newline="\n")
+    lines = [f"{name}=={found.version}\n" for name, found in installed().items() if name not in {*LEFT_OUT, ROOT}]
+    (folder / CONSTRAINTS).write_text("".join(lines if wheels else ()), encoding="utf-8", newline="\n")
 
 
 def _files(folder: Path) -> list[Path]:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 from pathfm.errors import ExitCode, MissingExtraError
 from pathfm.log import say
@@ -59,12 +58,6 @@ def environment_digest() -> str:
     """SHA-256 over the lines ``name==version``, sorted, of everything that is installed but the installers."""
     lines = "".join(f"{name}=={found.version}\n" for name, found in installed().items() if name not in INSTALLERS)
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def constraints() -> str:
-    """``name==version`` lines, sorted, of everything but pathfm and the installers; without local versions such as ``+cpu``."""
-    names = {name: Version(found.version).public for name, found in installed().items() if name not in {*INSTALLERS, ROOT}}
-    return "".join(f"{name}=={version}\n" for name, version in sorted(names.items()))
 
 
 def dependencies() -> dict[str, list[str]]:

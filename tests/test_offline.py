@@ -1,11 +1,13 @@
 """The folder for machines without internet: what is in it, what an interrupted run keeps, and its script, which is run."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -16,17 +18,21 @@ from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.mil.bundle import write_bundle
 from tests.mil.bundles import facts_in
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "import sys\ndef main():\n    print('pathfm', *sys.argv[1:])\n"
 
 
 class Installed:
-    """A distribution that is installed from an index."""
+    """A distribution that is installed from an index, or from a folder."""
 
-    def __init__(self, version):
+    def __init__(self, version, source=None, requires=None):
         self.version = version
+        self.source = source
+        self.requires = requires
 
     def read_text(self, name):
-        return None
+        is_asked = self.source and name == "direct_url.json"
+        return json.dumps({"url": self.source.as_uri(), "dir_info": {}}) if is_asked else None
 
 
 def write_wheel(folder, name, version):
@@ -53,7 +59,6 @@ def index(tmp_path, monkeypatch):
     for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(tmp_path / "index")}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setattr(offline, "installed", lambda: {"alpha": Installed("1.0"), "pathfm": Installed("7.0")})
-    monkeypatch.setattr(offline, "SOURCE", ("no checkout",))
     return tmp_path / "index"
 
 
@@ -103,7 +108,7 @@ def test_models_are_checked_before_and_after_they_are_copied(index, out, bundle,
     assert [name.partition("-")[0] for name in names(out / "encoders")] == ["small"] and not (out / "wheels").exists()
     assert offline.check_carried(out) == ExitCode.DONE
     assert offline.carry(out, [bundle], wheels=False) == ExitCode.DONE  # an earlier folder is replaced
-    assert not (out / "encoders").exists()
+    assert not (out / "encoders").exists() and (out / "constraints.txt").read_text() == ""
     damaged = tmp_path / "damaged"
     shutil.copytree(bundle, damaged)
     next(damaged.glob("members/*.safetensors")).write_bytes(b"other")
@@ -114,7 +119,7 @@ def test_models_are_checked_before_and_after_they_are_copied(index, out, bundle,
 
 
 def test_a_change_on_the_way_is_found(index, out, bundle, monkeypatch):
-    offline.carry(out, [bundle], wheels=False)
+    offline.carry(out, [bundle])
     monkeypatch.setattr(offline, "installed", lambda: {"pathfm": Installed("7.0")})
     assert offline.check_carried(out) == ExitCode.SOME_FAILED
     (out / "more.txt").write_text("")
@@ -129,6 +134,22 @@ def test_a_change_on_the_way_is_found(index, out, bundle, monkeypatch):
         offline.check_carried(out)
 
 
+def test_the_own_wheel_is_made_from_all_of_the_source_that_runs_and_no_other(tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    data = project["tool"]["setuptools"]["data-files"].values()
+    assert {file.partition("/")[0] for files in data for file in files} <= set(offline.SOURCE)
+    copy = Path(offline._requirement("pathfm", Installed("7.0", ROOT), tmp_path))
+    assert copy != ROOT and (copy / "pipelines" / "Snakefile").is_file() and not list(copy.rglob("__pycache__"))
+    with pytest.raises(UsageError, match="the folder that pathfm was installed from is gone"):
+        offline._requirement("pathfm", Installed("7.0", tmp_path / "gone"), tmp_path)
+    metadata, code = "Name: pathfm\nRequires-Dist: alpha>=1\n", (ROOT / "pathfm" / "cli.py").read_text()
+    for text, needs, same in ((code, ["alpha>=1"], True), ("changed since", ["alpha>=1"], False), (code, ["alpha"], False)):
+        with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+            archive.writestr("pathfm/cli.py", text)
+            archive.writestr("pathfm-7.0.dist-info/METADATA", metadata)
+        assert offline._is_what_runs(tmp_path / "a.whl", Installed("7.0", requires=needs)) is same
+
+
 def test_what_is_not_a_carried_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(UsageError, match="something else already"):
@@ -140,6 +161,24 @@ def test_what_is_not_a_carried_folder_is_left_alone(tmp_path):
 def install(out, target, **environment):
     command = ["sh", str(out / "install.sh"), str(target)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def write_python(path, says):
+    path.write_text(f"#!/bin/sh\necho {says}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.long
+def test_wheels_that_cannot_be_installed_leave_nothing(index, out, tmp_path):
+    offline.carry(out)
+    wheel = out / "wheels" / "alpha-1.0-py3-none-any.whl"
+    wheel.rename(wheel.with_name("alpha-1.0-cp27-none-beos_ppc.whl"))
+    (out / "SHA256SUMS").unlink()
+    offline._write_sums(out)
+    failed = install(out, tmp_path / "there", PYTHON=sys.executable)
+    assert failed.returncode == 1 and not (tmp_path / "there").exists()
+    assert failed.stderr.splitlines()[-1] == "nothing was installed" and "here is glibc" in failed.stderr
 
 
 @pytest.mark.long
@@ -157,8 +196,14 @@ def test_the_script_checks_installs_and_verifies_from_nothing_but_the_folder(ind
     ]
     assert names(tmp_path / "there" / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages" / "alpha")
     (out / "wheels" / "more.whl").write_bytes(b"")
-    assert install(out, tmp_path / "two", **python).returncode == 3
+    refused = install(out, tmp_path / "two", **python)
+    assert refused.returncode == 3 and refused.stderr.startswith("wheels/more.whl\nthese files are not of this folder")
     (out / "wheels" / "more.whl").unlink()
+    refused = install(out, tmp_path / "there", **python)
+    assert refused.returncode == 2 and "something in" in refused.stderr and (tmp_path / "there" / "bin" / "pathfm").exists()
+    other = write_python(tmp_path / "python", "2.7 beos-ppc")
+    refused = install(out, tmp_path / "two", PYTHON=str(other))
+    assert refused.returncode == 2 and f"and {other} is 2.7 beos-ppc" in refused.stderr
     with (out / "wheels" / "alpha-1.0-py3-none-any.whl").open("ab") as wheel:
         wheel.write(b"x")
     refused = install(out, tmp_path / "two", **python)
@@ -174,13 +219,12 @@ def test_killed_after_a_wheel_nothing_is_there_and_the_next_run_goes_on(index, o
     code = (
         "import sys; from pathlib import Path; from pathfm import offline; from tests.test_offline import Installed;"
         "offline.installed = lambda: {'alpha': Installed('1.0'), 'pathfm': Installed('7.0')};"
-        "offline.SOURCE = ('no checkout',); offline.carry(Path(sys.argv[1]))"
+        "offline.carry(Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(out)]
     for point, kept in (("offline.wheel", 1), ("offline.wheel:1", 2), ("store.commit.before_rename", 2)):
         environment = {**os.environ, "PATHFM_CRASH_AT": point}
-        root = Path(__file__).resolve().parents[1]
-        killed = subprocess.run(command, env=environment, check=False, cwd=root, capture_output=True)
+        killed = subprocess.run(command, env=environment, check=False, cwd=ROOT, capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not out.exists() and len(list((out.parent / ".carry.wheels").glob("*.whl"))) == kept
     shutil.rmtree(index)

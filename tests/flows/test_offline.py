@@ -96,8 +96,18 @@ def cut_off():
     pytest.skip("this user may not make a network namespace (unshare --net)")
 
 
-def run_alone(code, *arguments):
-    command = [*cut_off(), sys.executable, "-c", code, *map(str, arguments)]
+WATCH = ("strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect", "-e", "signal=none", "-o")
+
+
+def watched(log):
+    """The words before a command that note in a file whom it connects to; none where processes cannot be watched."""
+    log.write_text("")
+    words = [*WATCH, str(log)]
+    return words if shutil.which(words[0]) and not subprocess.run([*words, "true"], check=False).returncode else []
+
+
+def run_alone(code, *arguments, calls):
+    command = [*cut_off(), *watched(calls), sys.executable, "-c", code, *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PIP_"))}
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**environment, "OMP_NUM_THREADS": "1"})
 
@@ -114,9 +124,12 @@ MAIN = "from pathfm.cli import main; main()"
 
 @pytest.mark.long
 def test_the_demo_and_its_bundle_run_without_a_network(tmp_path):
-    probed = run_alone(PROBE)
+    calls = tmp_path / "calls"
+    probed = run_alone(PROBE, calls=calls)
     assert probed.returncode and "unreachable" in probed.stderr  # the network is gone, or this test shows nothing
-    demo = run_alone(DEMO, tmp_path / "demo", *TINY)
+    assert "AF_INET" in calls.read_text() or not watched(calls)  # an attempt is noticed, also one that nobody hears of
+    demo = run_alone(DEMO, tmp_path / "demo", *TINY, calls=calls)
+    assert "AF_INET" not in calls.read_text()
     assert demo.returncode == 0, demo.stderr
     study = tmp_path / "demo" / "study"
     assert (study / "report" / "index.html").stat().st_size > 10_000
@@ -124,7 +137,9 @@ def test_the_demo_and_its_bundle_run_without_a_network(tmp_path):
     out = tmp_path / "predicted"
     settings = [word for setting in FAST for word in ("--set", setting)]
     slides = sorted(map(str, table.parent.glob("slides/*.tiff")))
-    predicted = run_alone(MAIN, "mil", "predict", "--bundle", study / "mil" / "bundle", *slides, "--out", out, *settings)
+    words = ["mil", "predict", "--bundle", study / "mil" / "bundle", *slides, "--out", out, *settings]
+    predicted = run_alone(MAIN, *words, calls=calls)
     assert predicted.returncode == 0, predicted.stderr
+    assert "AF_INET" not in calls.read_text()
     with (out / "predictions.csv").open(newline="") as stream:
         assert [row["outcome"] for row in csv.DictReader(stream)] == ["predicted"] * 3

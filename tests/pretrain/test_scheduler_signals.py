@@ -31,6 +31,7 @@ assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 """
 
 
+@pytest.mark.long
 def test_signals_to_a_whole_job_leave_its_helpers_alive_and_its_log_clean():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, start_new_session=True)
