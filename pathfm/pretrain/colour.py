@@ -147,7 +147,7 @@ def _jitter_stains(images: Tensor, draws_ND: Tensor) -> Tensor:
     """Scales and shifts each stain's concentration (Tellez et al. 2018)."""
     constants = _constants(images.device)
     matrix_NCC = constants.rgb_from_hed @ (draws_ND[:, 5:8].unsqueeze(-1) * constants.hed_from_rgb)
-    offset_NC = -(draws_ND[:, 8:11] @ constants.rgb_from_hed.T)
+    offset_NC = -_product(draws_ND[:, 8:11], constants.rgb_from_hed)
     log_light = images.clamp(min=DARKEST).log_()
     return torch.baddbmm(offset_NC.unsqueeze(-1), matrix_NCC, log_light.flatten(2)).exp_().view_as(images)
 
@@ -159,13 +159,18 @@ def _adjust(images: Tensor, draws_ND: Tensor, out: Tensor) -> Tensor:
     neither changes the grey; brightness scales everything, and contrast blends with a grey.
     """
     constants, (brightness, contrast, saturation, hue, gray) = _constants(images.device), draws_ND[:, :5].T
-    mean_grey = brightness * (images.mean(dim=(2, 3)) @ constants.luma_C)
+    mean_grey = brightness * _product(images.mean(dim=(2, 3)), constants.luma_C.unsqueeze(0)).squeeze(1)
     along, across = (saturation * (1 - gray) * part for part in (torch.cos(hue), torch.sin(hue)))
     colour_NCC = along.view(-1, 1, 1) * constants.colour_CC + across.view(-1, 1, 1) * constants.quarter_turn_CC
     matrix_NCC = (contrast * brightness).view(-1, 1, 1) * (constants.grey_CC + colour_NCC)
     offset_N11 = ((1 - contrast) * mean_grey).view(-1, 1, 1)
     torch.baddbmm(offset_N11, matrix_NCC, images.flatten(2), out=out.flatten(2))
     return out
+
+
+def _product(vector_NC: Tensor, matrix_KC: Tensor) -> Tensor:
+    """[N, K]. Written out: a library's product of few numbers is rounded in another way for another number of rows."""
+    return (vector_NC.unsqueeze(1) * matrix_KC).sum(dim=2)
 
 
 def _blur(images: Tensor, draws_ND: Tensor) -> Tensor:
