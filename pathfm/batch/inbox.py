@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,7 +28,7 @@ USUAL_NAMES = frozenset({"dicomdir", "readme", "license", "sha256sums", "md5sums
 
 
 class InboxError(PathfmError):
-    """The inbox cannot be looked at now: its drive is away, or two files in it would have one name."""
+    """The inbox cannot be looked at now: its drive is away."""
 
 
 class Glance(NamedTuple):
@@ -39,6 +40,7 @@ class Glance(NamedTuple):
         file: the path below the inbox.
         stamp: changes when any of its files is written, replaced, added or removed.
         changed_ns: when it was written last, as its drive says.
+        is_namesake: another slide in the inbox has the same slide_id.
     """
 
     slide_id: str
@@ -46,6 +48,7 @@ class Glance(NamedTuple):
     file: str
     stamp: str
     changed_ns: int
+    is_namesake: bool = False
 
 
 class Look(NamedTuple):
@@ -109,19 +112,16 @@ class Inbox:
         """All slides, the oldest first (of copies that arrive together, it gives the result its name), and all other files."""
         if not self.folder.is_dir():
             raise InboxError("the inbox cannot be read: there is no such folder", fix="check its drive")
-        try:
-            found, others = discover([self.folder])
-        except PathfmError as error:
-            # Its words name files, and this ends in files that are shown to others.
-            what = "two slides in the inbox would have one name: A__B.svs is called like A/B.svs"
-            raise InboxError(what, fix="rename one of them") from error
+        found, others = discover([self.folder], namesakes=True)
         if self.outbox is not None:
             ours, places = self.outbox.resolve(), {path.parent for path in (*others, *(slide.path for slide in found))}
             inside = {place for place in places if place.resolve().is_relative_to(ours)}
             found = tuple(slide for slide in found if slide.path.parent not in inside)
             others = tuple(path for path in others if path.parent not in inside)
-        glances = sorted((self._glance(*slide) for slide in found), key=lambda glance: (glance.changed_ns, glance.file))
+        named = Counter(slide.slide_id for slide in found)
+        glances = [self._glance(*slide)._replace(is_namesake=named[slide.slide_id] > 1) for slide in found]
         ignored = (path for path in others if not (self.sentinel and path.name.endswith(self.sentinel)))
+        glances.sort(key=lambda glance: (glance.changed_ns, glance.file))
         return glances, tuple(path.relative_to(self.folder).as_posix() for path in ignored)
 
     def _glance(self, slide_id: str, path: Path) -> Glance:

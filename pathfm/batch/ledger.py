@@ -157,6 +157,8 @@ class Ledger:
     def _file(self, line: dict[str, Any]) -> None:
         identity, file = line["identity"], line["file"]
         entry = self.entries.setdefault(identity, Entry(identity, line["slide_id"]))
+        if line.get("renamed"):
+            entry.slide_id, entry.files, entry.state = line["slide_id"], [], "waiting"
         if file not in entry.files:
             entry.files.append(file)
         self._cache[file] = line["stamp"], identity
@@ -183,11 +185,12 @@ class Ledger:
         before, identity = self._cache.get(file, ("", ""))
         return self.entries[identity] if identity and before == stamp else None
 
-    def add(self, file: str, stamp: str, identity: str, slide_id: str) -> Entry:
-        """Notes the content of a file. A content that is known under another name makes the file a duplicate."""
+    def add(self, file: str, stamp: str, identity: str, slide_id: str, renamed: bool = False) -> Entry:
+        """Notes the content of a file. A content that is known under another name makes the file a duplicate, but where it is
+        the slide itself, renamed before it had a result: it is called so from now on, and waits."""
         known = self.entries.get(identity)
-        is_copy = known is not None and file not in known.files
-        of = {"duplicate_of": known.name} if known is not None and is_copy else {}
+        is_copy = known is not None and file not in known.files and not renamed
+        of = {"duplicate_of": known.name} if known is not None and is_copy else {"renamed": True} if renamed else {}
         self._write("file", file=file, stamp=stamp, identity=identity, slide_id=slide_id, **of)
         return self.entries[identity]
 

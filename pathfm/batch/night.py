@@ -16,9 +16,9 @@ from pathlib import Path
 from pathfm.batch.inbox import Inbox
 from pathfm.batch.ledger import FILE as LEDGER
 from pathfm.batch.ledger import Ledger
-from pathfm.batch.options import BatchOptions
+from pathfm.batch.options import BatchOptions, Control
 from pathfm.batch.results import Outbox
-from pathfm.batch.runner import Control, Runner
+from pathfm.batch.runner import Runner
 from pathfm.batch.stop import Stop
 from pathfm.chain import read_key
 from pathfm.errors import ExitCode, MissingExtraError, UsageError

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pathfm.batch.stop import Stop
+    from pathfm.store.lease import Lease
+    from pathfm.store.pseudonyms import Pseudonyms
 
 
 @dataclass(frozen=True)
@@ -29,3 +35,12 @@ class BatchOptions:
     new_bundle: bool = False
     pseudonym_key: Path | None = None
     dicom: bool = False
+
+
+class Control(NamedTuple):
+    """What a run is told by others: its options, the wish to stop, the right to write, and pseudonyms, if any."""
+
+    options: BatchOptions
+    stop: Stop
+    lease: Lease
+    names: Pseudonyms | None = None

@@ -82,7 +82,7 @@ class Outbox:
         """Whether the result of a slide is there: a run may have been killed before it could note that."""
         file = self.results / entry.name / RESULT
         recover(file.parent)
-        found = _read(file) if file.is_file() else None
+        found = read_result(file) if file.is_file() else None
         return found is not None and found.said["identity"] == entry.identity
 
     @property
@@ -126,11 +126,12 @@ class Outbox:
         crash_point("batch.quarantine.told")
         write_json(self.record_of(entry), facts)
 
-    def read_results(self) -> tuple[dict[str, Read], tuple[str, ...]]:
+    def read_results(self, read: ReadResult | None = None) -> tuple[dict[str, Read], tuple[str, ...]]:
         """All results by name, and the names of those that a drive has damaged."""
-        found = {path.parent.name: _read(path) for path in sorted(self.results.glob(f"[!.]*/{RESULT}"))}
-        damaged = tuple(name for name, read in found.items() if read is None)
-        return {name: read for name, read in found.items() if read is not None}, damaged
+        read = read or read_result
+        found = {path.parent.name: read(path) for path in sorted(self.results.glob(f"[!.]*/{RESULT}"))}
+        damaged = tuple(name for name, each in found.items() if each is None)
+        return {name: each for name, each in found.items() if each is not None}, damaged
 
     def write_index(self, found: Mapping[str, Read]) -> None:
         """Makes the table of all results anew."""
@@ -150,12 +151,16 @@ class Read(NamedTuple):
     row: dict[str, str]
 
 
+ReadResult = Callable[[Path], Read | None]
+"""What a ``result.json`` is read with."""
+
+
 def index_rows(found: Mapping[str, Read]) -> list[dict[str, str]]:
     """The rows of the table of all results, in its order."""
     return [{"result": name, **read.row} for name, read in sorted(found.items())]
 
 
-def _read(file: Path) -> Read | None:
+def read_result(file: Path) -> Read | None:
     """The result of a ``result.json``; None where one of its files is damaged."""
     try:
         said = read_json(file)

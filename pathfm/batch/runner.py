@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pathfm.batch.health import Health, State, in_words, now, some_of
-from pathfm.batch.inbox import Glance, Inbox, InboxError, content_identity, is_usual, stamp_of
+from pathfm.batch.inbox import Glance, Inbox, InboxError, Look, content_identity, is_usual, stamp_of
 from pathfm.batch.ledger import Entry, Ledger
-from pathfm.batch.options import BatchOptions
+from pathfm.batch.options import Control
 from pathfm.batch.results import RESULT, Findings, Outbox, commit_result, outcome_of, shown, shown_decision
-from pathfm.batch.stop import Stop
+from pathfm.batch.tables import Tables
 from pathfm.errors import ExitCode, PathfmError, SlideError, StoreError
 from pathfm.events import Events
 from pathfm.faults import crash_point
@@ -27,9 +27,8 @@ from pathfm.run_manifest import RunManifest
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import TROUBLE, disk_errors, read_json
 from pathfm.store.interop.label_tables import folded
-from pathfm.store.lease import Lease, LeaseLostError
+from pathfm.store.lease import LeaseLostError
 from pathfm.store.manifest import file_digest
-from pathfm.store.pseudonyms import Pseudonyms
 from pathfm.store.record import library_versions
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ FULL = (TROUBLE[errno.ENOSPC][0], TROUBLE[errno.EDQUOT][0])
 """What a drive says to whatever is written."""
 REMEMBERED = 1000
 """Files that are no slides, by name: a later run does not tell of them again."""
+NAMESAKE = "two slides in the inbox would have this name: A__B.svs is called like A/B.svs (rename one of them)"
 NO_MPP = " (set `mpp` for it in the cohort table"
 BY_HAND = " (predict it by hand: `pathfm mil predict --bundle BUNDLE TABLE.csv`, a table with slide_id, path and mpp)"
 """What is advised elsewhere about a slide without mpp, and what goes for an inbox."""
@@ -64,15 +64,6 @@ class Ready(NamedTuple):
 
     entry: Entry
     glance: Glance
-
-
-class Control(NamedTuple):
-    """What a run is told by others: its options, the wish to stop, the right to write, and pseudonyms, if any."""
-
-    options: BatchOptions
-    stop: Stop
-    lease: Lease
-    names: Pseudonyms | None = None
 
 
 class Runner:
@@ -92,11 +83,12 @@ class Runner:
     ) -> None:
         self.inbox, self.box, self.ledger, self.events, self.predictor = inbox, box, ledger, events, predictor
         self.options, self.stop, self.lease, self.names = control
+        self.tables = Tables(box, predictor.drift, predictor.bundle.digest)
         self.health = Health(box.folder, predictor.bundle.digest)
         self.quarantined: list[str] = []
         self.strange: list[str] = []
         self.waiting = 0
-        self._unsettled: Sequence[Glance] = ()
+        self._seen = Look((), ())
         self._ignored = 0
         self._tables_are_old = True
 
@@ -173,7 +165,7 @@ class Runner:
         while ready := self._look():
             self._work(self._choose(ready))
         if self.waiting:
-            names = some_of([shown(self._alias(glance.slide_id)) for glance in self._unsettled])
+            names = some_of([shown(self._alias(glance.slide_id)) for glance in self._seen.unsettled])
             what = f"{plural(self.waiting, 'slide is', 'slides are')} still being written, and left for the next run"
             say(f"{what}: {names}" if names else what)
 
@@ -204,9 +196,9 @@ class Runner:
 
     def _look(self) -> list[Ready]:
         """Slides to work on; only as many new ones are hashed as the next round needs."""
-        look = self.inbox.look()
+        look = self._seen = self.inbox.look()
         self.health.last_look, self.health.last_error = now(), ""
-        self._unsettled, self.waiting, ready = look.unsettled, len(look.unsettled), dict[str, Ready]()
+        self.waiting, ready = len(look.unsettled), dict[str, Ready]()
         self._ignore(look.ignored)
         for glance in look.whole:
             entry = self.ledger.known(self._alias(glance.file), glance.stamp)
@@ -214,7 +206,7 @@ class Runner:
                 entry = self._identify(glance)
             if entry is None:
                 self.waiting += not self._unreadable(glance).is_file()
-            elif entry.state == "waiting" and self._is_usable(entry):
+            elif entry.state == "waiting" and self._is_usable(entry, glance):
                 ready.setdefault(entry.identity, Ready(entry, glance))
             elif entry.state == "quarantined":
                 self._record_copy(entry, glance)
@@ -266,13 +258,22 @@ class Runner:
         record.unlink(missing_ok=True)
         if stamp_of(glance.path) != glance.stamp:
             return None
-        entry = self.ledger.add(self._alias(glance.file), glance.stamp, identity, self._alias(glance.slide_id))
+        before = self.ledger.entries.get(identity)
+        renamed = before is not None and before.state in {"waiting", "quarantined"} and not self._is_here(before)
+        if before and renamed:
+            status(shown(self._alias(glance.slide_id)), "renamed", f"was {shown(before.slide_id)}, which had no result yet")
+            self.box.drop_records(before)
+        entry = self.ledger.add(self._alias(glance.file), glance.stamp, identity, self._alias(glance.slide_id), renamed)
         if len(entry.files) > 1 and entry.state != "quarantined":
             status(shown(self._alias(glance.slide_id)), "duplicate", f"same content as {shown(entry.slide_id)}")
         return entry
 
-    def _is_usable(self, entry: Entry) -> bool:
-        problem = id_problem(entry.slide_id)
+    def _is_here(self, entry: Entry) -> bool:
+        """Whether a file by which a slide is known lies in the inbox."""
+        return any(self._alias(glance.file) in entry.files for glance in (*self._seen.whole, *self._seen.unsettled))
+
+    def _is_usable(self, entry: Entry, glance: Glance) -> bool:
+        problem = NAMESAKE if glance.is_namesake else id_problem(entry.slide_id)
         if entry.crashes >= CRASHES:
             problem = f"the run was killed {entry.crashes} times while it worked on this slide alone"
         if problem:
@@ -321,17 +322,10 @@ class Runner:
         self._write_tables()
 
     def _write_tables(self) -> None:
-        from pathfm.batch.drift import write_page
-
-        found, damaged = self.box.read_results()
-        done = {entry.name for entry in self.ledger.of_state("done")}
-        damaged = tuple(sorted({*damaged, *(done - found.keys())}))  # a folder that was moved away cannot be read either
+        damaged = self.tables.write({entry.name for entry in self.ledger.of_state("done")})
         for name in sorted(set(damaged) - set(self.health.damaged)):
             log.warning("%s: this result cannot be read: restore it from a copy", self.box.results / name)
-        self.health.damaged = damaged
-        self.box.write_index(found)
-        write_page(self.box, self.predictor.drift, self.predictor.bundle.digest, found)
-        self._tables_are_old = False
+        self.health.damaged, self._tables_are_old = damaged, False
 
     def _finish(self, slide: Ready, predicted: Predicted) -> None:
         """Commits what became of a slide."""

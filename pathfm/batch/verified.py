@@ -176,7 +176,8 @@ def _quarantined(ledger: Path) -> set[str]:
     for line in ledger.read_bytes().splitlines() if ledger.is_file() else ():
         with suppress(ValueError, KeyError, TypeError):
             said = json.loads(line)
-            last |= {str(said["identity"]): str(said["kind"])} if said["kind"] != "file" else {}
+            if said["kind"] != "file" or said.get("renamed"):
+                last[str(said["identity"])] = str(said["kind"])
     return {identity for identity, kind in last.items() if kind == "quarantined"}
 
 

@@ -42,7 +42,7 @@ class _Candidate(NamedTuple):
     """Folder that the id is relative to."""
 
 
-def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False) -> Discovered:
+def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False, namesakes: bool = False) -> Discovered:
     """Find the slides of folders (searched recursively), globs and files.
 
     A ``slide_id`` is the path relative to the searched folder without its suffix, ``/`` written as ``__``; slides that differ
@@ -53,9 +53,10 @@ def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False) -> Di
     Args:
         sources: folders, globs or files.
         folder_of_tiles: every folder that directly holds pictures is one slide.
+        namesakes: slides may have one id.
 
     Raises:
-        UsageError: a source does not exist or matches nothing, or two slides get one id.
+        UsageError: a source does not exist or matches nothing, or two slides get one id and must not.
     """
     ignored: list[Path] = []
     candidates: list[_Candidate] = []
@@ -71,6 +72,8 @@ def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False) -> Di
                 candidates.append(_Candidate(path, base or path.parent))
     unique = {candidate.path.absolute(): candidate for candidate in candidates}
     slides = sorted(_named(list(unique.values())), key=lambda slide: natural_order(slide.slide_id))
+    if not namesakes:
+        _check_names(slides)
     return Discovered(tuple(slides), tuple(sorted(set(ignored))))
 
 
@@ -164,13 +167,16 @@ def _named(candidates: Sequence[_Candidate]) -> Iterator[FoundSlide]:
     plain = [_id(candidate, keep_suffix=False) for candidate in candidates]
     shared = Counter(plain)
     ids = [_id(each, keep_suffix=shared[name] > 1) for each, name in zip(candidates, plain, strict=True)]
+    return (FoundSlide(slide_id, candidate.path) for candidate, slide_id in zip(candidates, ids, strict=True))
+
+
+def _check_names(slides: Sequence[FoundSlide]) -> None:
     owners: dict[str, Path] = {}
-    for candidate, slide_id in zip(candidates, ids, strict=True):
-        other = owners.setdefault(slide_id, candidate.path)
-        if other != candidate.path:
+    for slide_id, path in slides:
+        other = owners.setdefault(slide_id, path)
+        if other != path:
             fix = "search their common folder, or list them in a cohort table"
-            raise UsageError(f"two slides would be called {slide_id!r}: {other} and {candidate.path}", where="cohort", fix=fix)
-        yield FoundSlide(slide_id, candidate.path)
+            raise UsageError(f"two slides would be called {slide_id!r}: {other} and {path}", where="cohort", fix=fix)
 
 
 def _id(candidate: _Candidate, *, keep_suffix: bool) -> str:

@@ -26,9 +26,9 @@ from pathfm.batch.health import health, in_words
 from pathfm.batch.inbox import Inbox, InboxError, content_identity, stamp_of
 from pathfm.batch.ledger import Ledger
 from pathfm.batch.night import _check_folders, _take, batch
-from pathfm.batch.options import BatchOptions
+from pathfm.batch.options import BatchOptions, Control
 from pathfm.batch.results import Outbox, shown_decision
-from pathfm.batch.runner import Control, NoRoomError, Runner
+from pathfm.batch.runner import NoRoomError, Runner
 from pathfm.batch.stop import Stop
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.events import Events
