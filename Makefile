@@ -23,7 +23,7 @@ test: $(VENV)/.with-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2
 
 test-long: $(VENV)/.with-dev
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "long and not slurm" --timeout 1800
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile -m "long and not slurm" --timeout 1800
 
 test-slurm: $(VENV)/.with-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest tests/slurm -m slurm --timeout 900 -rs
