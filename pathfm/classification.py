@@ -57,7 +57,7 @@ def check_for_mil(run: Run) -> None:
     from pathfm.mil.tasks import make_tasks
 
     check_cohort(run.cohort, run.study.mil)
-    make_tasks(run.study.mil, [row.labels for row in run.cohort.rows if has_label(row, run.study.mil)])
+    make_tasks(run.study.mil, [row.labels for row in run.cohort.rows if has_label(row.labels, run.study.mil)])
     if not run.study.cohort.patient_is_slide and any(row.patient_id is None for row in run.cohort.rows):
         raise UsageError(
             "mil refuses to split without patients: slides of one patient on both sides of a split make every number too good",

@@ -17,6 +17,9 @@ Item = TypeVar("Item")
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines where there is no terminal."""
 
+SMALL, NOISE = 0.01, 1e-12
+"""Smaller numbers lose their digits behind the point; still smaller ones are what rounding left of 0."""
+
 _live: list[Progress] = []
 _quiet: list[bool] = []
 
@@ -59,6 +62,12 @@ def say(text: str) -> None:
 def plural(count: int, noun: str, many: str = "") -> str:
     """``1 slide``, ``2 slides``."""
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
+def decimals(value: float, digits: int) -> str:
+    """A number with so many digits behind the point, ``0.042``; a smaller one with three that tell something, ``3.2e-07``."""
+    is_small = NOISE < abs(value) < SMALL
+    return f"{value:.{max(digits, 3)}g}" if is_small else f"{value:.{digits}f}"
 
 
 def status(slide_id: str, outcome: str, detail: str = "") -> None:

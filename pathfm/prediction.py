@@ -38,7 +38,17 @@ if TYPE_CHECKING:
 
 STAGE = "mil predict"
 PREDICTIONS, PATIENTS, METRICS, PAGE = "predictions.csv", "patients.csv", "metrics.json", "index.html"
-MAY_BE_SET = ("compute.", "report.", "extract.encoder", "extract.weights", "mil.seen_in_pretraining", "cohort.folder_of_tiles")
+ASSUME_MPP = "tile.assume_mpp"
+"""Said of the new slides' files, not of the classifier: a bundle has none of its own."""
+MAY_BE_SET = (
+    "compute.",
+    "report.",
+    "extract.encoder",
+    "extract.weights",
+    "mil.seen_in_pretraining",
+    "cohort.folder_of_tiles",
+    ASSUME_MPP,
+)
 """What may be set besides folders that the bundle asks for: nothing that changes a result (another encoder is refused)."""
 NO_PATIENTS = "slides without patient_id count as patients of their own: intervals are too narrow if some belong together"
 
@@ -169,7 +179,8 @@ def locked_study(bundle: Bundle, cohort: Mapping[str, object], out: Path, overri
         raise UsageError("the settings of a bundle are locked", where=locked[0], fix=fix)
     given = load_study(None, overrides)
     places = {"tile.coords": given.tile.coords, "tile.tissue.annotations": given.tile.tissue.annotations}
-    tile, extract = locked_settings(bundle, {name: str(place) for name, place in places.items() if place})
+    said = {**places, ASSUME_MPP: given.tile.assume_mpp}
+    tile, extract = locked_settings(bundle, {name: str(value) for name, value in said.items() if value})
     encoder = given.extract.encoder if "extract.encoder" in names else extract.encoder
     if bundle.encoder_dir and "extract.encoder" not in names:
         encoder = f"local-dir:{bundle.encoder_dir.absolute()}"
@@ -261,6 +272,8 @@ def _feature_paths(extraction: Extraction, outcomes: Mapping[str, Outcome], know
 
 def _unfit(run: Run, bundle: Bundle) -> dict[str, Outcome]:
     """Slides whose tiles have another resolution than any the networks learned from."""
+    from pathfm.tile.scene import GIVE_MPP
+
     trained, tolerance = bundle.facts["trained_with"]["mpp"], run.study.tile.mpp_tolerance
     if not trained:
         return {}
@@ -272,6 +285,7 @@ def _unfit(run: Run, bundle: Bundle) -> dict[str, Outcome]:
             continue
         shown = "unknown mpp" if store.mpp is None else f"{store.mpp:.4g} mpp"
         reason = f"its tiles have {shown}, and the networks learned from {trained[0]:.4g} to {trained[1]:.4g}"
+        reason += f" ({GIVE_MPP})" if store.mpp is None else ""
         status(row.slide_id, "failed", reason)
         unfit[row.slide_id] = Outcome(row.slide_id, "failed", reason)
     return unfit

@@ -45,6 +45,7 @@ def run_pretraining(run: Run) -> None:
     from pathfm.pretrain.stage import run_pretrain
     from pathfm.report.pretrain_page import write_pretrain_page
 
+    _check_training(run)
     inputs = pretrain_inputs(run)
     folder, paths = _folder(run, inputs.fingerprint), list(inputs.paths.values())
     patient_of = {row.slide_id: row.patient_id for row in run.cohort.rows}
@@ -69,7 +70,9 @@ def pretraining_stores(run: Run) -> dict[str, Path]:
 
     Raises:
         StoreError: there are none.
+        UsageError: patients are kept for judging, and no classifier could be trained and judged.
     """
+    _check_training(run)
     return dict(pretrain_inputs(run).paths)
 
 
@@ -133,6 +136,14 @@ def _held_out(run: Run) -> frozenset[str]:
     from pathfm.mil.held_out import held_out_slides
 
     return held_out_slides(run.study, run.cohort)
+
+
+def _check_training(run: Run) -> None:
+    """Where patients are held out, it is for a classifier: what cannot be trained is refused before days of pretraining."""
+    from pathfm.mil.plan import check_plan
+
+    if _held_out(run):
+        check_plan(run.study, run.cohort, run.layout.mil)
 
 
 def _settled(run: Run, pinned: Pinned | None, present: Stores, out: frozenset[str]) -> tuple[dict[str, str], Facts, str]:

@@ -287,7 +287,8 @@ def _copy_encoder(folder: Path, source: Path | None) -> None:
 
 def _about(facts: BundleFacts, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Everything ``bundle.json`` says but the hashes of the files."""
-    encoder, tile, needs = facts.encoder, facts.tile.model_dump(mode="json"), []
+    # What was assumed of the training's files is not known of others.
+    encoder, tile, needs = facts.encoder, facts.tile.model_dump(mode="json") | {"assume_mpp": None}, []
     for *above, last in PLACES:
         table = tile[above[0]] if above else tile
         if table[last] is not None:
@@ -360,18 +361,16 @@ def locked_settings(bundle: Bundle, places: Mapping[str, str]) -> tuple[TileSett
 
     Args:
         bundle: opened.
-        places: folders that ``needs`` asks for, by setting.
+        places: folders that ``needs`` asks for, by setting; and what is assumed of new slides without mpp, if anything is.
 
     Raises:
         BundleError: a folder that is needed is not given.
     """
     missing = [name for name in bundle.facts["needs"] if not places.get(name)]
     if missing:
-        fix = f"add --set {missing[0]}=FOLDER"
-        raise BundleError(
-            f"its tiles were chosen with {missing[0]}, which new slides need too", where=str(bundle.folder), fix=fix
-        )
-    tile = {**bundle.facts["tile"], "codec": "none"}
+        what = f"its tiles were chosen with {missing[0]}, which new slides need too"
+        raise BundleError(what, where=str(bundle.folder), fix=f"add --set {missing[0]}=FOLDER")
+    tile = {**bundle.facts["tile"], "codec": "none", "assume_mpp": places.get("tile.assume_mpp")}
     tile["coords"] = places.get("tile.coords")
     tile["tissue"] = {**tile["tissue"], "annotations": places.get("tile.tissue.annotations")}
     return TileSettings.model_validate(tile), ExtractSettings.model_validate(bundle.facts["extract"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pathfm.errors import StoreError
+from pathfm.log import decimals
 from pathfm.models.cards import find_card
 from pathfm.store.commit import read_json
 
@@ -107,10 +108,11 @@ def number(said: object) -> str:
     """A value with its interval, as ``0.912 (0.853 to 0.957, 95 %, delong)``."""
     if not isinstance(said, Mapping) or said.get("value") is None:
         return "not known"
-    text = f"{said['value']:.3f}"
+    text = decimals(said["value"], 3)
     if said.get("low") is None or said.get("high") is None:
         return text
-    return f"{text} ({said['low']:.3f} to {said['high']:.3f}, 95 %{', ' + str(said['method']) if said.get('method') else ''})"
+    method = f", {said['method']}" if said.get("method") else ""
+    return f"{text} ({decimals(said['low'], 3)} to {decimals(said['high'], 3)}, 95 %{method})"
 
 
 def _head(about: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[str]:

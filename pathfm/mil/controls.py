@@ -15,8 +15,10 @@ from scipy.special import expit
 from torch import Tensor
 
 from pathfm.mil.ensemble import FoldPlaces, tested_places
+from pathfm.mil.passes import one_thread
 from pathfm.mil.tasks import TaskSet
 from pathfm.mil.tasks.contract import Bank
+from pathfm.stats.metrics import auroc
 from pathfm.stats.seeds import derive_seed
 
 COLOUR = "colour histogram"
@@ -44,6 +46,7 @@ class Linear:
         return outputs
 
 
+@one_thread()
 def fit_linear(value_FD: Floats, target_FT: Floats, tasks: TaskSet) -> Linear:
     """The linear model with the smallest balanced loss of the tasks plus half the squared weights (ridge of strength one)."""
     mean_D, scale_D = value_FD.mean(axis=0), value_FD.std(axis=0)
@@ -88,26 +91,43 @@ def cross_fit(
     return np.stack([np.mean(said[place], axis=0) for place in tested_places(folds)]), tuple(models)
 
 
-def count_baseline(count_B: Sequence[int], target_BT: Floats, tasks: TaskSet, folds: Sequence[FoldPlaces]) -> Floats:
-    """Predictions [tested, P] from the number of tiles alone.
+def count_baseline(
+    count_B: Sequence[int], target_BT: Floats, tasks: TaskSet, folds: Sequence[FoldPlaces]
+) -> tuple[Floats, dict[str, str]]:
+    """Predictions [tested, P] from the number of tiles alone, and by task of two classes which way it was read.
 
-    With two classes (and one task) the number itself is the score (more tiles, more positive), scaled by the fold's learning
-    part: a fitted direction would come out reversed in the test part of a balanced cohort and push a useless control far below
-    one half. An AUROC below one half then says that positives have fewer tiles. Otherwise a linear model is fitted.
+    Of two classes the number itself is the score: a direction fitted per fold would come out reversed in the test part of a
+    balanced cohort and push a useless control far below one half. It is read in the one way, the same in all folds, that suits
+    it better on the judged bags: positives may have fewer tiles as well as more. That favours the control, never the model that
+    has to beat it, and its AUROC is not below one half. Other tasks have a linear model, which finds the direction itself.
     """
-    size_B1 = np.log1p(np.asarray(count_B, dtype=np.float64))[:, None]
-    if len(tasks.tasks) > 1 or tasks.main.kind != "binary":
-        return cross_fit(size_B1, target_BT, tasks, folds)[0]
-    positive = tasks.main.positive
+    size_B = np.log1p(np.asarray(count_B, dtype=np.float64))
+    prediction_BP, _ = cross_fit(size_B[:, None], target_BT, tasks, folds)
+    more_B, direction = _more_tiles(size_B, folds), {}
+    truth_BT = target_BT[list(tested_places(folds))]
+    for task in tasks.tasks:
+        if task.kind != "binary":
+            continue
+        at = tasks.slice_of(task)
+        target_B = truth_BT[:, at.targets][:, 0]
+        known, is_positive = np.isfinite(target_B), target_B == task.positive
+        is_both = 0 < is_positive[known].sum() < known.sum()
+        fewer = is_both and auroc(more_B[known], is_positive[known]) < 0.5
+        score_B = 1 - more_B if fewer else more_B
+        prediction_BP[:, at.columns.start + task.positive] = score_B
+        prediction_BP[:, at.columns.start + 1 - task.positive] = 1 - score_B
+        direction[task.name] = f"{'fewer' if fewer else 'more'} tiles, more {task.classes[task.positive]}"
+    return prediction_BP, direction
+
+
+def _more_tiles(size_B: Floats, folds: Sequence[FoldPlaces]) -> Floats:
+    """How large each judged bag is beside those of the fold's learning part, from 0 to 1; the mean where it is tested often."""
     said: dict[int, list[Floats]] = {}
     for fold in folds:
-        learn = size_B1[sorted(fold.train + fold.validation)]
+        learn = size_B[sorted(fold.train + fold.validation)]
         for place in fold.test:
-            more = float(expit((size_B1[place, 0] - learn.mean()) / (learn.std() or 1.0)))
-            row = np.zeros(2)
-            row[[positive, 1 - positive]] = more, 1 - more
-            said.setdefault(place, []).append(row)
-    return np.stack([np.mean(said[place], axis=0) for place in tested_places(folds)])
+            said.setdefault(place, []).append(expit((size_B[place] - learn.mean()) / (learn.std() or 1.0)))
+    return np.array([np.mean(said[place]) for place in tested_places(folds)])
 
 
 def tile_score(model: Linear, tile_ND: Floats, tasks: TaskSet) -> Floats:

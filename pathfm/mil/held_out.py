@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pathfm.errors import UsageError
-from pathfm.mil.roster import Absence, check_cohort, has_label, make_units, patient_ids, stratum_of
+from pathfm.mil.roster import check_cohort, labelled_units, patient_ids, stratum_of
 from pathfm.mil.saved_splits import kept_splits
 from pathfm.mil.splits import make_splits, patient_facts
 from pathfm.mil.tasks import make_tasks
@@ -42,8 +42,7 @@ def held_out_patients(study: Study, cohort: Cohort) -> frozenset[str]:
     pinned = read_pinned(study.out)
     if pinned and pinned.held_out:
         return _as_before(study, cohort, patients, pinned)
-    absent = {row.slide_id: Absence("no label", "") for row in cohort.rows if not has_label(row, study.mil)}
-    units = make_units(cohort, patients, absent, study.mil)
+    units = labelled_units(cohort, patients, study.mil)
     tasks = make_tasks(study.mil, [unit.labels for unit in units])
     columns = tasks.slice_of(tasks.main).targets
     strata = [tasks.main.stratum(target_T[columns]) for target_T in tasks.encode([unit.labels for unit in units])]

@@ -13,7 +13,7 @@ from pathfm.errors import StoreError
 from pathfm.mil.bags import check_same_encoder
 from pathfm.mil.feature_cache import FeatureCache, SlideFacts
 from pathfm.mil.foreign_inputs import ForeignFolder, foreign_notes, reader_of
-from pathfm.mil.roster import Absence, has_label
+from pathfm.mil.roster import Absence, labelled_slides, patient_ids
 from pathfm.mil.truth import TileLabels, read_mask, read_tile_labels, tile_truth
 from pathfm.store.cohort import Cohort, SlideRow
 from pathfm.store.record import Outcome
@@ -93,12 +93,14 @@ def gather(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCache)
 
     Raises:
         StoreError: the features are of different encoders.
-        UsageError: the table of tile labels is unreadable or contradicts itself.
+        UsageError: no patients, or the table of tile labels is unreadable or contradicts itself.
     """
     labels = read_tile_labels(study.cohort.tile_labels) if study.cohort.tile_labels else None
-    gathered = Gathered()
+    gathered, labelled = Gathered(), labelled_slides(cohort, patient_ids(cohort, study.cohort), study.mil)
     for row in sorted(cohort.rows, key=lambda row: row.slide_id):
-        absence = _absence(row, study, inputs)
+        absence = _absence(row, inputs)
+        if absence is None and row.slide_id not in labelled:
+            absence = Absence("no label", f"no value for {study.mil.label!r}")
         if absence is None:
             absence = _read(row, labels, inputs, gathered, cache)
         if absence is not None:
@@ -123,13 +125,13 @@ def read_control(inputs: MilInputs, role: str, main: Mapping[str, SlideFacts], c
             raise StoreError("the tiles differ from those of the main features", where=where, fix="run `pathfm extract` again")
 
 
-def _absence(row: SlideRow, study: Study, inputs: MilInputs) -> Absence | None:
+def _absence(row: SlideRow, inputs: MilInputs) -> Absence | None:
     outcome = inputs.upstream.get(row.slide_id)
     if outcome is not None and outcome.status in ("failed", "empty"):
         return Absence(outcome.status, outcome.reason or f"{outcome.status} before mil")
     if not inputs.feature_file("main", row.slide_id).exists():
         return Absence("no file", "there is no feature file")
-    return None if has_label(row, study.mil) else Absence("no label", f"no value for {study.mil.label!r}")
+    return None
 
 
 def _read(

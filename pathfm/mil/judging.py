@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from pathfm.stats.seeds import derive_seed
 LEAST_PATIENTS = 5
 """Patients of each class (with event, and without; of numbers twice as many) that a subgroup needs to be given a number."""
 Record = dict[str, Any]
+Group = TypeVar("Group", str, tuple[str, ...])
 CENTRED = " centred"
 RANGE = {"auroc": (0.0, 1.0), "c_index": (0.0, 1.0), "kappa": (-1.0, 1.0), "r2": (-math.inf, 1.0)}
 """Least and most that a main metric can be."""
@@ -120,15 +121,22 @@ def _interval(measure: Measure, value: float, name: str, draws: Mapping[str, Flo
     return measure.certain(value) if measure.certain and interval.method == NO_SPREAD else interval
 
 
-def aggregate(prediction_BP: Floats, target_BT: Floats, group_B: Sequence[str]) -> tuple[Floats, Floats, tuple[str, ...]]:
+def aggregate(prediction_BP: Floats, target_BT: Floats, group_B: Sequence[Group]) -> tuple[Floats, Floats, tuple[Group, ...]]:
     """Mean prediction [G, P], target [G, T] and name of every specimen or patient, sorted by name.
 
     A target that only some bags of a group have is the group's.
 
+    Args:
+        prediction_BP: of the bags.
+        target_BT: of the bags; NaN where unknown.
+        group_B: the patient of each bag, or patient and specimen, which joined to one text could be read in two ways.
+
     Raises:
         UsageError: bags of a group have different targets.
     """
-    names, place_B = np.unique(np.asarray(group_B, dtype=str), return_inverse=True)
+    names = sorted(set(group_B))
+    number_of = {name: number for number, name in enumerate(names)}
+    place_B = np.array([number_of[name] for name in group_B], dtype=np.intp)
     order = np.lexsort((*prediction_BP.T, place_B))  # equal sums whatever the order of bags
     starts = np.searchsorted(place_B[order], np.arange(len(names)))
     count_G1 = np.bincount(place_B, minlength=len(names))[:, None]
@@ -139,12 +147,13 @@ def aggregate(prediction_BP: Floats, target_BT: Floats, group_B: Sequence[str]) 
     if len(torn):
         low, high = low_GT[torn[0]], high_GT[torn[0]]
         between = [f"{least:g} and {most:g}" for least, most in zip(low, high, strict=True) if least < most]
+        name = names[torn[0]]
         raise UsageError(
-            f"bags of {str(names[torn[0]])!r} have different targets: {'; '.join(between)}",
+            f"bags of {name if isinstance(name, str) else ' / '.join(name)!r} have different targets: {'; '.join(between)}",
             where=f"{len(torn)} of {len(names)} groups",
             fix="judge this label at the level at which it was given",
         )
-    return prediction_GP, low_GT, tuple(names.tolist())
+    return prediction_GP, low_GT, tuple(names)
 
 
 def main_value(task: Task, prediction_BP: Floats, target_BT: Floats, patient_B: Sequence[str]) -> float | None:

@@ -34,7 +34,7 @@ def check_known(study: Study, cohort: Cohort, ensemble: Ensemble, rule: TrainedR
             encoder has seen, where that is refused.
     """
     bundle, rows = ensemble.bundle, cohort.rows
-    labelled = [row for row in rows if has_label(row, bundle.settings)]
+    labelled = [row for row in rows if has_label(row.labels, bundle.settings)]
     for name in all_columns(bundle.settings) if labelled else ():
         if any(row.labels.get(name) for row in rows):
             check_labels(cohort, name, bundle.settings.level)

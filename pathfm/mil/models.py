@@ -49,6 +49,7 @@ class Judged:
         tiles: tile scores of slides with truth; None where the model has none.
         seen_share: share of these patients whom the encoder it rests on has seen; above 0, the numbers are transductive.
         curves: losses of its networks.
+        direction: by task name, which way a score was read that has no direction of its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Judged:
     tiles: TileScores | None = None
     seen_share: float = 0.0
     curves: tuple[CurvePoint, ...] = field(default=(), repr=False)
+    direction: Mapping[str, str] = field(default_factory=dict)
 
 
 class Models:
@@ -112,7 +114,8 @@ class Models:
     def count(self) -> Judged:
         """The number of tiles alone."""
         plan = self.plan
-        return self._judged(COUNT, count_baseline(plan.bags.lengths, plan.target_BT, plan.tasks, plan.places))
+        prediction_BP, direction = count_baseline(plan.bags.lengths, plan.target_BT, plan.tasks, plan.places)
+        return replace(self._judged(COUNT, prediction_BP), direction=direction)
 
     def colour(self, cache: FeatureCache) -> Judged:
         """A linear model of the bag's mean colour histogram; its decision on a tile is the tile's score."""

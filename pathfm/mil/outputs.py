@@ -23,7 +23,7 @@ from pathfm.mil.explain import asked_again, deletion_insertion, tile_scores
 from pathfm.mil.galleries import galleries, heat_of, tile_table, write_layer, write_pictures, write_qupath
 from pathfm.mil.heatmap import Canvas, SlideHeat
 from pathfm.mil.plan import Plan
-from pathfm.mil.roster import label_columns, said_label, unit_name
+from pathfm.mil.roster import said_labels, unit_name
 from pathfm.mil.truth import read_mask
 from pathfm.stats.localisation import Localised, ScoredSlide, localise
 from pathfm.stats.seeds import derive_seed
@@ -258,9 +258,7 @@ def write_patients(path: Path, plan: Plan, results: Results) -> None:
 
 def _label(rows: Sequence[SlideRow], plan: Plan) -> str:
     """What the main task was to say of slides, whatever became of them."""
-    name, columns = plan.tasks.main.name, label_columns(plan.settings.tasks[0])
-    said = {said_label(name, {column: row.labels.get(column, "") for column in columns}) for row in rows}
-    return " | ".join(sorted(said - {""}))
+    return said_labels(plan.settings.tasks[0], rows)
 
 
 def _seen(patient: str, plan: Plan) -> Cell:

@@ -27,11 +27,10 @@ from pathfm.mil.inputs import Gathered, MilInputs, gather
 from pathfm.mil.leaks import Leak, SlideTrace, check_leaks, find_leaks, together
 from pathfm.mil.network import build_network, spec_of
 from pathfm.mil.roster import (
-    Absence,
     Unit,
     all_columns,
     check_cohort,
-    has_label,
+    labelled_units,
     make_units,
     patient_ids,
     said_label,
@@ -121,7 +120,7 @@ class Plan:
     @property
     def label_B(self) -> list[str]:
         """What the main task is to say of each unit, in words."""
-        return [said_label(self.tasks.main.name, unit.labels) for unit in self.units]
+        return [said_label(self.settings.tasks[0], unit.labels) for unit in self.units]
 
     @property
     def fingerprint(self) -> str:
@@ -178,7 +177,7 @@ def make_plan(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCac
     bags = Bags(cache, [unit.slide_ids for unit in units])
     plan = Plan(study, cohort, patients, gathered, units, bags, tasks, target_BT, splits, places, leaks, seen)
     _check_judged(plan, left_out)
-    _check_events(plan)
+    _check_events(tasks, target_BT, splits, places)
     # Millions of hashes that nobody asks for any more.
     for slide_id, facts in gathered.slides.items():
         gathered.slides[slide_id] = cache.facts[slide_id] = replace(facts, row_hashes=facts.row_hashes[:0])
@@ -202,8 +201,7 @@ def check_plan(study: Study, cohort: Cohort, mil_dir: Path) -> None:
     """
     settings, patients = study.mil, patient_ids(cohort, study.cohort)
     check_cohort(cohort, settings)
-    absent = {row.slide_id: Absence("no label", "") for row in cohort.rows if not has_label(row, settings)}
-    units = make_units(cohort, patients, absent, settings)
+    units = labelled_units(cohort, patients, settings)
     tasks = make_tasks(settings, [unit.labels for unit in units])
     for _, each in candidate_settings(settings):
         _check_aggregator(each, tasks.outputs)
@@ -211,8 +209,10 @@ def check_plan(study: Study, cohort: Cohort, mil_dir: Path) -> None:
     if settings.split.file is not None:
         read_splits(settings.split.file, patients)
         return
-    strata = stratum_of(units, _strata(tasks, tasks.encode([unit.labels for unit in units])))
+    target_BT = tasks.encode([unit.labels for unit in units])
+    strata = stratum_of(units, _strata(tasks, target_BT))
     splits = _split(study, cohort, strata, tasks, (), kept_splits(mil_dir, settings))
+    _check_events(tasks, target_BT, splits, [fold_places(fold, units) for fold in splits.folds])
     for number, fold in enumerate(splits.folds if settings.search else ()):
         inside = {patient: strata[patient] for patient in (*fold.train, *fold.validation)}
         inner_folds(inside, number, settings, classes=tasks.main.kind in CLASS_KINDS)
@@ -278,14 +278,20 @@ def _split(
 ) -> Splits:
     """The splits of a study. One that was made before the study's own encoder was pretrained is the only one that counts."""
     if rule_of(study) == "exclude" and study.has_own_encoder:
-        return _own_split(study, cohort, strata, joined, before)
+        return _own_split(study, cohort, strata, joined, before, classes=tasks.main.kind in CLASS_KINDS)
     facts = patient_facts(cohort.rows, patient_ids(cohort, study.cohort))
     merged = joined if study.mil.split.leaks == "merge" else ()
     return make_splits(strata, facts, merged, study.mil, tasks.main.kind, before)
 
 
 def _own_split(
-    study: Study, cohort: Cohort, strata: Mapping[str, str], joined: Collection[frozenset[str]], before: Splits | None
+    study: Study,
+    cohort: Cohort,
+    strata: Mapping[str, str],
+    joined: Collection[frozenset[str]],
+    before: Splits | None,
+    *,
+    classes: bool,
 ) -> Splits:
     """The split before pretraining; if leaks are merged, nobody who shares data with a tested patient is learned from."""
     settings, test = study.mil, held_out_patients(study, cohort)
@@ -293,9 +299,9 @@ def _own_split(
     if settings.split.leaks == "refuse":
         dropped = set()
     learned = {patient: stratum for patient, stratum in strata.items() if patient not in dropped}
-    fold = held_out_fold(learned, test, settings.inner_fraction, settings.seed)
+    fold = held_out_fold(learned, test, settings.inner_fraction, settings.seed, classes=classes)
     notes = (f"not learned from, because they share data with patients who are tested: {', '.join(sorted(dropped))}",)
-    return held_out_splits(fold, learned, settings, notes if dropped else (), before)
+    return held_out_splits(fold, learned, settings, notes if dropped else (), before, classes=classes)
 
 
 def _check_judged(plan: Plan, left_out: Collection[str]) -> None:
@@ -310,13 +316,13 @@ def _check_judged(plan: Plan, left_out: Collection[str]) -> None:
     raise UsageError("the test parts do not hold two classes to tell apart", where="mil.split", fix="choose another split")
 
 
-def _check_events(plan: Plan) -> None:
+def _check_events(tasks: TaskSet, target_BT: Floats, splits: Splits, folds: Sequence[FoldPlaces]) -> None:
     """Cox needs an event to learn from and one to stop by: without any, every epoch would look equally good."""
-    task = plan.tasks.main
+    task = tasks.main
     if task.kind != "cox":
         return
-    event_B = plan.target_BT[:, plan.tasks.slice_of(task).targets][:, 1]
-    for name, fold in zip(plan.splits.names, plan.places, strict=True):
+    event_B = target_BT[:, tasks.slice_of(task).targets][:, 1]
+    for name, fold in zip(splits.names, folds, strict=True):
         for part, places in (("training", fold.train), ("validation", fold.validation)):
             if not (event_B[list(places)] == 1).any():
                 fix = "use fewer folds, a larger mil.inner_fraction, or kind: discrete"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pathfm import __version__
 from pathfm.errors import StoreError
 from pathfm.mil.predict import Answers, Ensemble, Verdict
-from pathfm.mil.roster import has_label, label_columns, said_label
+from pathfm.mil.roster import labelled_slides, said_labels
 from pathfm.mil.seen import Seen
 from pathfm.mil.tasks.cells import safe_name
-from pathfm.store.cohort import Cohort, SlideRow
+from pathfm.mil.tasks.contract import Task
+from pathfm.store.cohort import Cohort
 from pathfm.store.record import Outcome
 from pathfm.store.tile_store import TileStore, open_tiles
 
@@ -21,6 +22,8 @@ FATES = ("no file", "failed", "empty", "no label", "left out")
 """What may become of a slide on its way to the numbers."""
 NOT_TISSUE = ("no tissue", "outside")
 """Fates of places of the grid that never were tiles of tissue."""
+ASSUMED = "assumed"
+"""Source of an mpp, in a tile store, that neither the slide nor its row of the table has."""
 MOSTLY = 0.5
 """Share of the tissue's tiles whose loss to the filters is worth a flag."""
 
@@ -129,7 +132,8 @@ def flow(result: Result, left_out: Collection[str]) -> dict[str, dict[str, int]]
 
     A patient is used with any slide, else lost by the first reason, in the order of ``FATES``, of the slides.
     """
-    fate_of = {row.slide_id: _fate(result, row, left_out) for row in result.cohort.rows}
+    labelled = labelled_slides(result.cohort, result.known.patients, result.ensemble.bundle.settings)
+    fate_of = {row.slide_id: _fate(result, row.slide_id, left_out, labelled) for row in result.cohort.rows}
     of_patient: dict[str, set[str]] = {}
     for slide_id, fate in fate_of.items():
         of_patient.setdefault(result.known.patients[slide_id], set()).add(fate)
@@ -137,12 +141,12 @@ def flow(result: Result, left_out: Collection[str]) -> dict[str, dict[str, int]]
     return {"slides": _counted(list(fate_of.values())), "patients": _counted(patients)}
 
 
-def _fate(result: Result, row: SlideRow, left_out: Collection[str]) -> str:
-    outcome = result.outcome(row.slide_id)
+def _fate(result: Result, slide_id: str, left_out: Collection[str], labelled: Collection[str]) -> str:
+    outcome = result.outcome(slide_id)
     if outcome.status != "done":
         return "left out" if outcome.reason == LEFT_OUT else outcome.status
-    is_out = result.known.patients[row.slide_id] in left_out
-    return "left out" if is_out else "used" if has_label(row, result.ensemble.bundle.settings) else "no label"
+    is_out = result.known.patients[slide_id] in left_out
+    return "left out" if is_out else "used" if slide_id in labelled else "no label"
 
 
 def _counted(fates: Sequence[str]) -> dict[str, int]:
@@ -154,8 +158,9 @@ def prediction_cells(ensemble: Ensemble, verdict: Verdict | None) -> dict[str, s
     columns, place = ensemble.tasks.columns, ensemble.decided_by
     prediction_P = verdict.prediction_P.tolist() if verdict else [None] * len(columns)
     spread_M = verdict.said_MP[:, place].tolist() if verdict else [None]
-    cells = {name: number_cell(value) for name, value in zip(columns, prediction_P, strict=True)}
-    cells |= {"lowest": number_cell(min(spread_M)), "highest": number_cell(max(spread_M))}
+    cell_of = [_cell_of(task) for task in ensemble.tasks.tasks for _ in task.columns]
+    cells = {name: cell(value) for name, cell, value in zip(columns, cell_of, prediction_P, strict=True)}
+    cells |= {"lowest": cell_of[place](min(spread_M)), "highest": cell_of[place](max(spread_M))}
     for name in ensemble.trust:
         cells |= _decision_cells(ensemble, name, verdict)
     return cells
@@ -175,6 +180,15 @@ def _decision_cells(ensemble: Ensemble, name: str, verdict: Verdict | None) -> d
     cells["doubts"] = "; ".join(decision.reasons) if decision else ""
     is_main = name == ensemble.tasks.main.name
     return {safe_name(column if is_main else f"{name}_{column}"): cell for column, cell in cells.items()}
+
+
+def _cell_of(task: Task) -> Callable[[float | None], str]:
+    return value_cell if task.kind == "regression" else number_cell
+
+
+def value_cell(value: float | None) -> str:
+    """Eight digits that tell something, since a label may be in any unit; empty where there is no number."""
+    return "" if value is None or value != value else f"{value:.8g}"
 
 
 def number_cell(value: float | None) -> str:
@@ -198,6 +212,8 @@ def _flags(result: Result, store: TileStore | None, verdict: Verdict | None) -> 
         flags.append("most tiles dropped by the filters")
     if store is not None and store.mpp is None:
         flags.append("mpp unknown")
+    if store is not None and store.attrs.get("mpp_source") == ASSUMED:
+        flags.append("mpp assumed")
     return flags
 
 
@@ -205,11 +221,8 @@ def _label(result: Result, slide_ids: Collection[str]) -> dict[str, str]:
     """What the main task should have said, where the table has labels."""
     if not result.known.has_labels:
         return {}
-    settings, name = result.ensemble.bundle.settings, result.ensemble.tasks.main.name
-    wanted = label_columns(settings.tasks[0])
     rows = [row for row in result.cohort.rows if row.slide_id in slide_ids]
-    said = {said_label(name, {column: row.labels.get(column, "") for column in wanted}) for row in rows}
-    return {"label": " | ".join(sorted(said - {""}))}
+    return {"label": said_labels(result.ensemble.bundle.settings.tasks[0], rows)}
 
 
 def _about(result: Result, patient: str) -> dict[str, str]:

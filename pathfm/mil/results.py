@@ -199,27 +199,29 @@ class Results:
         entry["levels"] = {level: self._level(model, task, names) for level, names in self._levels().items()}
         if task.name == self.plan.tasks.main.name:
             entry |= numbers_of_tiles(model.tiles.localised() if model.tiles else None)
+        if task.name in model.direction:
+            entry["direction"] = model.direction[task.name]
         return entry | {"transductive": model.seen_share > 0, "patients_seen_share": model.seen_share}
 
-    def _levels(self) -> dict[str, list[str]]:
-        """Levels above that of the bags: the name of each bag's group."""
+    def _levels(self) -> dict[str, list[tuple[str, ...]]]:
+        """Levels above that of the bags: each bag's patient, and specimen where that is the group."""
         units, level = self.plan.judged, self.plan.settings.level
-        found: dict[str, list[str]] = {}
+        found: dict[str, list[tuple[str, ...]]] = {}
         if level == "slide" and all(unit.specimen_id for unit in units):
-            found["specimen"] = [f"{unit.patient_id} / {unit.specimen_id}" for unit in units]
+            found["specimen"] = [(unit.patient_id, unit.specimen_id) for unit in units]
         if level != "patient":
-            found["patient"] = [unit.patient_id for unit in units]
+            found["patient"] = [(unit.patient_id,) for unit in units]
         return found
 
-    def _level(self, model: Judged, task: Task, group_B: Sequence[str]) -> dict[str, Any]:
+    def _level(self, model: Judged, task: Task, group_B: Sequence[tuple[str, ...]]) -> dict[str, Any]:
         """Numbers of the mean of a group's bags; why there are none where its labels differ."""
         settings = self.plan.settings
         try:
-            prediction_GP, target_GT, names = aggregate(*self._of(model, task), group_B)
+            prediction_GP, target_GT, groups = aggregate(*self._of(model, task), group_B)
         except UsageError as error:
             return {"refused": error.what}
         person = self.plan.person_of
-        patients = [person[name.partition(" / ")[0]] for name in names]
+        patients = [person[patient] for patient, *_ in groups]
         found: dict[str, Any] = judge(task, prediction_GP, target_GT, patients, settings.numbers, settings.seed)
         return found
 

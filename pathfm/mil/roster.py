@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class Unit:
         patient_id: whom it belongs to.
         specimen_id: of which specimen it is; of a patient's unit the patient again.
         slide_ids: sorted; their tiles follow each other in this order.
-        labels: label columns; of slides that say something, the first.
+        labels: label columns; of its slides that say something, also of those that take no part, the first.
     """
 
     unit_id: str
@@ -54,11 +54,11 @@ def all_columns(settings: MilSettings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for task in settings.tasks for name in label_columns(task)))
 
 
-def has_label(row: SlideRow, settings: MilSettings) -> bool:
-    """Whether a slide has what at least one task needs (of several columns of one task: any; of survival: both)."""
+def has_label(labels: Mapping[str, str], settings: MilSettings) -> bool:
+    """Whether there is what at least one task needs (of several columns of one task: any; of survival: both)."""
 
     def has(task: TaskSettings) -> bool:
-        found = [bool(row.labels.get(name)) for name in label_columns(task)]
+        found = [bool(labels.get(name)) for name in label_columns(task)]
         return all(found) if task.time else any(found)
 
     return any(has(task) for task in settings.tasks)
@@ -107,20 +107,30 @@ def make_units(
     """
     members: dict[tuple[str, str], list[SlideRow]] = {}
     for row in sorted(cohort.rows, key=lambda row: row.slide_id):
-        if row.slide_id not in absent:
-            patient = patients[row.slide_id]
-            members.setdefault((unit_name(row, patient, settings.level), patient), []).append(row)
+        patient = patients[row.slide_id]
+        members.setdefault((unit_name(row, patient, settings.level), patient), []).append(row)
     columns = all_columns(settings)
-    return tuple(
+    units = (
         Unit(
             unit_id,
             patient,
             patient if settings.level == "patient" else rows[0].specimen_id or "",
-            tuple(row.slide_id for row in rows),
+            tuple(row.slide_id for row in rows if row.slide_id not in absent),
             {name: next((row.labels[name] for row in rows if row.labels.get(name)), "") for name in columns},
         )
         for (unit_id, patient), rows in sorted(members.items())
     )
+    return tuple(unit for unit in units if unit.slide_ids)
+
+
+def labelled_units(cohort: Cohort, patients: Mapping[str, str], settings: MilSettings) -> tuple[Unit, ...]:
+    """Units that have what a task needs, as if no slide will fail: the label of any slide is the unit's."""
+    return tuple(unit for unit in make_units(cohort, patients, {}, settings) if has_label(unit.labels, settings))
+
+
+def labelled_slides(cohort: Cohort, patients: Mapping[str, str], settings: MilSettings) -> frozenset[str]:
+    """Slides of units that have a label; whether it stands in their own row plays no role."""
+    return frozenset(slide_id for unit in labelled_units(cohort, patients, settings) for slide_id in unit.slide_ids)
 
 
 def unit_name(row: SlideRow, patient: str, level: str) -> str:
@@ -130,11 +140,20 @@ def unit_name(row: SlideRow, patient: str, level: str) -> str:
     return (row.specimen_id or row.slide_id) if level == "specimen" else row.slide_id
 
 
-def said_label(name: str, labels: Mapping[str, str]) -> str:
-    """What a task is to say, in words: the class, the number, or the values of all columns."""
-    if name in labels:
-        return labels[name]
-    return " ".join(f"{column}={value}" for column, value in labels.items() if value)
+def said_label(task: TaskSettings, labels: Mapping[str, str]) -> str:
+    """What a task is to say, in words: the class, the number, or the values of its columns in their order, as ``a=1 b=0``."""
+    if not (task.columns or task.time):
+        return labels.get(task.label, "")
+    return " ".join(f"{column}={labels[column]}" for column in label_columns(task) if labels.get(column))
+
+
+def said_labels(task: TaskSettings, rows: Iterable[SlideRow]) -> str:
+    """The same of several slides: a value that only some have is that of all; slides that differ are told one by one."""
+    labels, columns = [row.labels for row in rows], label_columns(task)
+    values = {column: {each[column] for each in labels if each.get(column)} for column in columns}
+    if all(len(found) < 2 for found in values.values()):
+        return said_label(task, {column: next(iter(found), "") for column, found in values.items()})
+    return " | ".join(sorted({said_label(task, each) for each in labels} - {""}))
 
 
 def stratum_of(units: Sequence[Unit], stratum_B: Sequence[str]) -> dict[str, str]:

@@ -126,7 +126,13 @@ def make_splits(
 
 
 def held_out_splits(
-    fold: Fold, stratum_of: Mapping[str, str], settings: MilSettings, notes: tuple[str, ...], before: Splits | None
+    fold: Fold,
+    stratum_of: Mapping[str, str],
+    settings: MilSettings,
+    notes: tuple[str, ...],
+    before: Splits | None,
+    *,
+    classes: bool = True,
 ) -> Splits:
     """The one fold of a study whose test part was decided before pretraining; learners of an earlier run keep their sides.
 
@@ -136,8 +142,9 @@ def held_out_splits(
         settings: inner fraction and seed.
         notes: what a reader has to know.
         before: of an earlier run.
+        classes: strata are classes; others are joined where they are small.
     """
-    case = _Case(stratum_of, {}, (), settings, True)
+    case = _Case(stratum_of, {}, (), settings, classes)
     about = {"inner_fraction": settings.inner_fraction, "label": list(label_columns(settings))}
     fresh = Splits((fold,), "held out before pretraining", about, settings.seed, ("held out",))
     splits = _kept(case, fresh, before) if before else fresh

@@ -16,7 +16,7 @@ from pathfm.mil.card import number
 from pathfm.mil.judging import aggregate, judge
 from pathfm.mil.measures import MAIN
 from pathfm.mil.predict import Answers, Ensemble, Verdict
-from pathfm.mil.roster import Unit
+from pathfm.mil.roster import Unit, has_label
 from pathfm.mil.tasks.contract import Task
 from pathfm.mil.trust import Cases, TrustJudged
 
@@ -35,22 +35,20 @@ def validation_metrics(ensemble: Ensemble, answers: Answers, left_out: Collectio
         answers: what it said.
         left_out: patients who are not to be judged.
     """
-    chosen = [
-        (unit, verdict)
-        for unit, verdict in zip(answers.order, answers.units, strict=True)
-        if unit.patient_id not in left_out and any(unit.labels.values())
-    ]
+    pairs = zip(answers.order, answers.units, strict=True)
+    asked = [(unit, verdict) for unit, verdict in pairs if unit.patient_id not in left_out]
     settings, main = ensemble.bundle.settings, ensemble.tasks.main
-    also = {task.name: _of_task(ensemble, task, chosen) for task in ensemble.tasks.tasks[1:]}
+    labelled = [unit for unit, _ in asked if has_label(unit.labels, settings)]
+    also = {task.name: _of_task(ensemble, task, asked) for task in ensemble.tasks.tasks[1:]}
     return {
         "format": 2,
         "validation_of": ensemble.bundle.digest,
         "primary": MODEL,
         "label": main.name,
         "level": settings.level,
-        "n_slides": sum(len(unit.slide_ids) for unit, _ in chosen),
-        "n_patients": len({unit.patient_id for unit, _ in chosen}),
-        **_of_task(ensemble, main, chosen),
+        "n_slides": sum(len(unit.slide_ids) for unit in labelled),
+        "n_patients": len({unit.patient_id for unit in labelled}),
+        **_of_task(ensemble, main, asked),
         "also": also,
         "notes": [NOTE],
     }
@@ -63,23 +61,27 @@ def headline(metrics: Mapping[str, Any]) -> str:
     return f"{name} {number(said.get(name))}" if name else "no number"
 
 
-def _of_task(ensemble: Ensemble, task: Task, chosen: Sequence[tuple[Unit, Verdict]]) -> dict[str, Any]:
-    """Kind, classes, numbers and trust of one task."""
+def _of_task(ensemble: Ensemble, task: Task, asked: Sequence[tuple[Unit, Verdict]]) -> dict[str, Any]:
+    """Kind, classes, numbers and trust of one task.
+
+    Numbers of bags are those of bags with a label. What is said of a patient rests on all units, with a label or without.
+    """
     settings, place = ensemble.bundle.settings, ensemble.tasks.slice_of(task)
     about: dict[str, Any] = {"kind": task.kind, "classes": list(task.classes)}
     about["positive"] = task.classes[task.positive] if task.classes and task.positive >= 0 else None
-    target_BT = task.encode([unit.labels for unit, _ in chosen]) if chosen else np.empty((0, task.targets))
-    known = [index for index, target_T in enumerate(target_BT) if np.isfinite(target_T).any()]
+    target_BT = task.encode([unit.labels for unit, _ in asked]) if asked else np.empty((0, task.targets))
+    known = {unit.patient_id for (unit, _), target_T in zip(asked, target_BT, strict=True) if np.isfinite(target_T).any()}
     if not known:
         return {**about, "models": {}, "trust": {}}
-    labelled = [chosen[index] for index in known]
-    patient_B = [unit.patient_id for unit, _ in labelled]
-    prediction_BP = np.stack([verdict.prediction_P[place.columns] for _, verdict in labelled])
-    numbers = judge(task, prediction_BP, target_BT[known], patient_B, settings.numbers, settings.seed)
+    chosen = [index for index, (unit, _) in enumerate(asked) if unit.patient_id in known]
+    units, target_BT = [asked[index] for index in chosen], target_BT[chosen]
+    patient_B = [unit.patient_id for unit, _ in units]
+    prediction_BP = np.stack([verdict.prediction_P[place.columns] for _, verdict in units])
+    numbers = judge(task, prediction_BP, target_BT, patient_B, settings.numbers, settings.seed)
     if settings.level != "patient":
-        numbers["levels"] = {"patient": _of_patients(ensemble, task, prediction_BP, target_BT[known], patient_B)}
+        numbers["levels"] = {"patient": _of_patients(ensemble, task, prediction_BP, target_BT, patient_B)}
     trust = ensemble.trust.get(task.name)
-    judged = _trust_numbers(ensemble, task, labelled, target_BT[known]) if trust and trust.classes else {}
+    judged = _trust_numbers(ensemble, task, units, target_BT) if trust and trust.classes else {}
     return {**about, "models": {MODEL: numbers}, "trust": judged}
 
 
@@ -96,22 +98,22 @@ def _of_patients(
     return found
 
 
-def _trust_numbers(
-    ensemble: Ensemble, task: Task, labelled: Sequence[tuple[Unit, Verdict]], target_BT: Floats
-) -> dict[str, Any]:
+def _trust_numbers(ensemble: Ensemble, task: Task, units: Sequence[tuple[Unit, Verdict]], target_BT: Floats) -> dict[str, Any]:
     """How the locked calibration, thresholds and sets do: patient by patient, as they were fitted."""
     groups: dict[str, list[int]] = {}
-    for index, (unit, _) in enumerate(labelled):
+    for index, (unit, _) in enumerate(units):
         groups.setdefault(unit.patient_id, []).append(index)
-    torn = any(len({target_BT[index, 0] for index in group}) > 1 for group in groups.values())
+    known_B = np.isfinite(target_BT[:, 0])
+    torn = any(len({target_BT[index, 0] for index in group if known_B[index]}) > 1 for group in groups.values())
     is_bag = torn or ensemble.trust[task.name].unit == "bag"
-    parts = [[index] for index in range(len(labelled))] if is_bag else [groups[patient] for patient in sorted(groups)]
-    verdicts = [ensemble.mean([labelled[index][1] for index in part]) for part in parts]
+    singles = [[index] for index in np.flatnonzero(known_B).tolist()]
+    parts = singles if is_bag else [groups[patient] for patient in sorted(groups)]
+    verdicts = [ensemble.mean([units[index][1] for index in part]) for part in parts]
     columns = ensemble.tasks.slice_of(task).columns
     cases = Cases(
         np.stack([verdict.prediction_P[columns] for verdict in verdicts]),
-        np.array([int(target_BT[part[0], 0]) for part in parts], dtype=np.intp),
-        np.array([labelled[part[0]][0].patient_id for part in parts]),
+        np.array([int(np.nanmax(target_BT[part, 0])) for part in parts], dtype=np.intp),
+        np.array([units[part[0]][0].patient_id for part in parts]),
         np.zeros(len(parts), dtype=np.intp),
         tuple(np.array(part, dtype=np.intp) for part in parts),
         None,

@@ -68,7 +68,7 @@ def write_drift_page(path: Path, reference: Mapping[str, Any], rows: Sequence[Ro
     Args:
         path: the file.
         reference: record of the bundle's ``DriftReference``.
-        rows: slides in the order of time.
+        rows: slides in the order of time; of those before the last ``DRAWN`` only the scanner is looked at.
         shifts: record of the ``CohortFlags`` of these rows.
 
     Raises:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pathfm.errors import MissingExtraError
 from pathfm.geometry import scale_length, scale_point
 from pathfm.report.feature_points import UNKNOWN, columns, read_points
-from pathfm.report.figures import _STYLE, INK, Chart, data_uri
+from pathfm.report.figures import _STYLE, INK, Chart, data_uri, plain
 from pathfm.stats.projection import explained_share
 from pathfm.store.cohort import Cohort
 
@@ -79,8 +78,7 @@ def scatter_png(points: ScatterMap, column: str, value_N: Sequence[str], names_N
     except ImportError as error:
         raise MissingExtraError("maps need matplotlib", extra="report") from error
     buffer = io.BytesIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # names may be in scripts that the font has not
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({**_STYLE, "axes.grid": False})
         figure = Figure(figsize=(8.6, 5.6), layout="constrained")
@@ -148,9 +146,8 @@ def _write_names(axes: Axes, xy_N2: NDArray[np.float64], names_N: Sequence[str])
 
 
 def _plain(text: str, longest: int = 28) -> str:
-    """Text that is neither read as a formula nor too long."""
-    text = text.replace("$", r"\$")
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+    """A name for a picture that is not too long."""
+    return plain(text if len(text) <= longest else f"{text[: longest - 1]}…")
 
 
 def component_axes(share_K: NDArray[np.float64]) -> tuple[str, str]:

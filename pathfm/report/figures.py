@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pathfm.errors import MissingExtraError
@@ -125,8 +126,21 @@ def _key(result: MilResult, score: ModelScore) -> str:
 
 
 def plain(text: str) -> str:
-    """A text for a picture: names come from files, and a pair of dollar signs would be read as a formula."""
-    return text.replace("$", r"\$")
+    """A text for a picture: names come from files, where a pair of dollar signs would be read as a formula.
+
+    What the font does not have is a question mark, as in heatmaps: it would be drawn as an empty box.
+    """
+    return "".join(letter if letter == "\n" or ord(letter) in _drawn() else "?" for letter in text).replace("$", r"\$")
+
+
+@cache
+def _drawn() -> frozenset[int]:
+    """Code points of the letters that pictures can have, in titles (bold) as in keys."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    fonts = [FontProperties(family=_STYLE["font.family"], weight=weight) for weight in ("normal", "bold")]
+    normal, bold = (frozenset(get_font(findfont(font)).get_charmap()) for font in fonts)
+    return normal & bold
 
 
 def training_chart(result: MilResult) -> Chart | None:

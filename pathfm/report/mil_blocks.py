@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from pathfm.log import decimals
 from pathfm.report.figures import Chart
 from pathfm.report.results import Estimate
 
@@ -142,14 +143,14 @@ class Section:
 
 def numeral(value: float | None, digits: int = 2) -> str:
     """A number as text, a dash when there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else decimals(value, digits)
 
 
 def limits(estimate: Estimate | None, digits: int = 2) -> str:
     """The interval as text, empty when unknown."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
-    return f"{estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
+    return f"{decimals(estimate.low, digits)} to {decimals(estimate.high, digits)}"
 
 
 def number_cell(estimate: Estimate | None, digits: int = 3) -> Cell:

@@ -57,7 +57,7 @@ def _pair(result: MilResult, row: Row, place: int) -> tuple[float, bool] | None:
     columns = probability_columns(row, len(result.classes))
     score = to_number(row.get(columns[place])) if place < len(columns) else None
     label, name = row.get("label", ""), result.classes[place]
-    truth = said_of(label, name) if result.task.kind == "multilabel" else label
+    truth = said_of(label, result.classes).get(name, "") if result.task.kind == "multilabel" else label
     if score is None or not truth:
         return None
     if result.task.kind == "multilabel":
@@ -66,10 +66,16 @@ def _pair(result: MilResult, row: Row, place: int) -> tuple[float, bool] | None:
     return (score, label == name) if label in result.classes else None
 
 
-def said_of(label: str, column: str) -> str:
-    """The value of one column in a label of several, as ``er=1 pr=0``; empty where it has none."""
-    found = re.search(rf"(?:^|\s){re.escape(column)}=(\S+)", label)
-    return found.group(1) if found else ""
+def said_of(label: str, columns: Sequence[str]) -> dict[str, str]:
+    """The values in a label of several columns, as ``er=1 pr=0``, of those that have one.
+
+    Args:
+        label: as ``predictions.csv`` has it.
+        columns: of the task, in their order: a name may hold spaces, and end in another one.
+    """
+    found = re.match("".join(rf"(?:{re.escape(column)}=(\S+)(?:\s|$))?" for column in columns), label)
+    values = found.groups() if found else (None,) * len(columns)
+    return {column: value for column, value in zip(columns, values, strict=True) if value}
 
 
 def numbers(result: MilResult) -> tuple[Floats, Floats]:
@@ -80,27 +86,29 @@ def numbers(result: MilResult) -> tuple[Floats, Floats]:
 
 
 def risks(result: MilResult, time: str, event: str) -> Risks:
-    """Mean risk of each patient's bags, time, event and test fold (the first, of several).
+    """Mean risk of each patient's bags, time, event and test fold (the first, of several); without patients who lack a label.
 
     Args:
         result: of a survival task.
         time: label column of the times.
         event: label column of the events.
     """
-    rows: dict[str, list[tuple[float, float, bool, str]]] = {}
+    risks_of: dict[str, list[float]] = {}
+    followed: dict[str, tuple[float, bool, str]] = {}
     for row in result.predictions:
-        risk, label = to_number(row.get("risk")), row.get("label", "")
-        until, happened = to_number(said_of(label, time)), to_number(said_of(label, event))
-        if risk is not None and until is not None and happened is not None:
-            rows.setdefault(row.get("patient_id") or row.get("slide_id", ""), []).append(
-                (risk, until, happened == 1, row.get("fold", "").split(";")[0])
-            )
-    patients = [rows[name] for name in sorted(rows)]
+        patient, risk, said = row.get("patient_id") or row.get("slide_id", ""), to_number(row.get("risk")), row.get("label", "")
+        until, happened = (to_number(said_of(said, (time, event)).get(column)) for column in (time, event))
+        if risk is None:
+            continue
+        risks_of.setdefault(patient, []).append(risk)
+        if until is not None and happened is not None:
+            followed.setdefault(patient, (until, happened == 1, row.get("fold", "").split(";")[0]))
+    patients = sorted(followed)
     return Risks(
-        np.array([np.mean([bag[0] for bag in bags]) for bags in patients], dtype=np.float64),
-        np.array([bags[0][1] for bags in patients], dtype=np.float64),
-        np.array([bags[0][2] for bags in patients], dtype=np.bool_),
-        np.array([bags[0][3] for bags in patients], dtype=np.str_),
+        np.array([np.mean(risks_of[patient]) for patient in patients], dtype=np.float64),
+        np.array([followed[patient][0] for patient in patients], dtype=np.float64),
+        np.array([followed[patient][1] for patient in patients], dtype=np.bool_),
+        np.array([followed[patient][2] for patient in patients], dtype=np.str_),
     )
 
 

@@ -334,7 +334,7 @@ def _score(name: str, content: Content, is_primary: bool, share: float) -> Model
     return ModelScore(
         name=name,
         is_primary=is_primary,
-        explanation=EXPLANATIONS["bundle"] if name == "bundle" else "the model of this study" if is_primary else _why(name),
+        explanation="the model of this study" if is_primary and name != "bundle" else _why(name, content),
         numbers=estimates(content),
         content=content,
         # Results of older versions have one share for all.
@@ -342,8 +342,9 @@ def _score(name: str, content: Content, is_primary: bool, share: float) -> Model
     )
 
 
-def _why(name: str) -> str:
-    return EXPLANATIONS.get(name, "")
+def _why(name: str, content: Content) -> str:
+    direction = content.get("direction")
+    return "; ".join(filter(None, (EXPLANATIONS.get(name, ""), f"here {direction}" if direction else "")))
 
 
 def _seen(content: Content | None) -> Seen | None:

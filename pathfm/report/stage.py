@@ -22,7 +22,7 @@ from pathfm.store.commit import commit_file, read_json, write_json
 from pathfm.store.record import Outcome, StageReport, read_record, write_record
 from pathfm.study import Study
 
-VERSION = 7
+VERSION = 8
 """Goes up when the same inputs give another page."""
 
 

@@ -149,8 +149,10 @@ def _above_chance(result: MilResult) -> Iterator[str]:
     chance, main = mil_words.chance_of(metric, len(result.classes)), result.task.headline
     if chance is None:
         return
-    if main and main.covers(chance):
+    if main and _has_interval(main) and main.covers(chance):
         yield f"The interval of the {title} holds {chance:g}, which is chance: no effect is shown."
+    elif main and main.value == chance:
+        yield f"The {title} is {chance:g}, which is chance: no effect is shown."
     elif main and main.value < chance:
         yield f"The {title} is below {chance:g}, which is chance: the model is worse than guessing here."
     permutations = result.content.get("permutations") or {}
@@ -168,7 +170,7 @@ def _shuffled(result: MilResult) -> Iterator[str]:
     one = next((score.numbers.get(metric) for score in result.controls if score.name == SHUFFLED), None)
     found = Estimate((many["low"] + many["high"]) / 2, many["low"], many["high"]) if many else one
     # The mean of the others predicts better than nothing learned: R² of shuffled labels is below 0 as a rule.
-    if found is None or found.covers(chance) or (metric == "r2" and found.value < chance):
+    if found is None or not _has_interval(found) or found.covers(chance) or (metric == "r2" and found.value < chance):
         return
     if many:
         yield (
@@ -181,6 +183,10 @@ def _shuffled(result: MilResult) -> Iterator[str]:
             f"{chance:g} more often than one in twenty. Whether information leaks, the permutation control "
             "(mil.numbers.permutations=20) tells."
         )
+
+
+def _has_interval(estimate: Estimate) -> bool:
+    return estimate.low is not None and estimate.high is not None
 
 
 def _localised(result: MilResult) -> Iterator[str]:

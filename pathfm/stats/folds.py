@@ -134,11 +134,17 @@ def given_folds(
 
 
 def held_out_fold(
-    stratum_of: Mapping[str, str], test: Collection[str], inner_fraction: float, seed: int, together: Together = ()
+    stratum_of: Mapping[str, str],
+    test: Collection[str],
+    inner_fraction: float,
+    seed: int,
+    together: Together = (),
+    *,
+    classes: bool = True,
 ) -> Fold:
-    """The one fold whose test part is already decided, with every stratum in every part.
+    """The one fold whose test part is already decided, with every class in every part.
 
-    With the test part of the first of ``stratified_group_folds``, this is that fold.
+    With the test part of the first of ``stratified_group_folds``, this is that fold (where no strata had to be joined).
 
     Args:
         stratum_of: patient -> stratum.
@@ -146,17 +152,24 @@ def held_out_fold(
         inner_fraction: share of the others that becomes the validation part.
         seed: any integer.
         together: patients that stay on one side.
+        classes: as in ``stratified_group_folds``; False: of the others, strata too small to be cut join their neighbours.
 
     Raises:
-        UsageError: a stratum has nobody to test, or fewer than two patients to learn from and to stop by; or patients that
-            must stay together are on two sides.
+        UsageError: a class (without classes: the cohort) has nobody to test, or fewer than two patients to learn from and to
+            stop by; or patients that must stay together are on two sides.
     """
-    strata = Dealt.of(stratum_of).strata(lambda _: True, True)
+    known = {patient: stratum if classes else "patients" for patient, stratum in stratum_of.items() if stratum != UNKNOWN}
+    strata = Dealt.of(known).strata(lambda _: True, True)
     held = {name: sum(patient in test for patient in patients) for name, patients in strata.items()}
-    if len(strata) < 2 or any(not count or len(strata[name]) - count < 2 for name, count in held.items()):
+    if len(strata) < 1 + classes or any(not count or len(strata[name]) - count < 2 for name, count in held.items()):
         counts = ", ".join(f"{name}: {count} of {len(strata[name])}" for name, count in held.items())
-        what = f"every class needs a patient to test and two others, but held out are {counts or 'none'}"
-        raise UsageError(what, where="cohort, column split", fix="change the split, or leave the column out")
+        who = "every class needs" if classes else "the split needs"
+        what = f"{who} a patient to test and two others, but held out are {counts or 'none'}"
+        fix = "hold others back with the column split of the cohort table, or set mil.seen_in_pretraining to mark"
+        raise UsageError(what, where="patients held out before pretraining", fix=fix)
+    others = Dealt.of({patient: stratum for patient, stratum in stratum_of.items() if patient not in test})
+    joined = others.strata(lambda count: count >= 2, classes)
+    stratum_of = {**stratum_of, **{patient: stratum for stratum, patients in joined.items() for patient in patients}}
     return given_folds(stratum_of, [test], inner_fraction, seed, together)[0]
 
 

@@ -23,6 +23,8 @@ from pathfm.tile.tissue import Mask, mask_fractions, tissue_mask
 
 Pixels = npt.NDArray[np.uint8]
 
+GIVE_MPP = "set `mpp` for it in the cohort table or pass `--set tile.assume_mpp=MPP`"
+"""Every command that reads slides takes both."""
 SAME_MPP = 0.02
 """The cohort table and the file may differ by this share in the mpp before it is worth a note."""
 
@@ -83,7 +85,7 @@ def slide_scale(facts: SlideMetadata, row: SlideRow, settings: TileSettings) -> 
     if settings.mpp == "native":
         return Scale(None, UNKNOWN, notes)
     found = f" ({facts.mpp_source})" if facts.mpp_source else ""
-    raise MissingMppError(f"no mpp in the file{found}", fix="set `mpp` for it in the cohort table or pass `--assume-mpp`")
+    raise MissingMppError(f"no mpp in the file{found}", fix=GIVE_MPP)
 
 
 def look(reader: SlideReader, mpp: Mpp | None, row: SlideRow, settings: TileSettings) -> Scene:

@@ -170,6 +170,16 @@ def test_folders_of_one_cohort_are_asked_for_again(tmp_path, facts):
     assert (tile.tissue.annotations, tile.tissue.include) == (Path("new"), ("Tumour",))
 
 
+def test_what_was_assumed_of_the_trainings_files_is_not_assumed_of_others(tmp_path, facts):
+    write_bundle(tmp_path / "bundle", replace(facts, tile=TileSettings(assume_mpp=0.25)))
+    opened = open_bundle(tmp_path / "bundle")
+    assert (opened.facts["tile"]["assume_mpp"], opened.facts["needs"]) == (None, [])
+    older = replace(opened, facts={**opened.facts, "tile": {**opened.facts["tile"], "assume_mpp": 0.25}})
+    for bundle in (opened, older):
+        assert locked_settings(bundle, {})[0].assume_mpp is None
+        assert locked_settings(bundle, {"tile.assume_mpp": "0.5"})[0].assume_mpp == 0.5
+
+
 def test_settings_that_name_files_of_the_cohort_stay_outside(tmp_path, facts):
     settings = MilSettings(**{**facts.mil.model_dump(), "features": "/secret", "split": {"scheme": "file", "file": "/secret"}})
     write_bundle(tmp_path / "bundle", replace(facts, mil=settings))

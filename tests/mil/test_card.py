@@ -72,6 +72,11 @@ def test_numbers_that_do_not_exist_are_not_made_up():
     assert number({"value": 0.5}) == "0.500"
 
 
+def test_small_numbers_keep_their_digits():
+    assert number({"value": 3.21e-7, "low": 1e-7, "high": 0.0125}) == "3.21e-07 (1e-07 to 0.013, 95 %)"
+    assert number({"value": 0.0, "low": 1e-17, "high": 0.01}) == "0.000 (0.000 to 0.010, 95 %)"
+
+
 def test_names_of_slides_and_patients_stay_at_home():
     kept = without_names({"notes": ["slide 1: bad", "10 slides", "all is well"], "leaks": []}, {"1", "p"})
     assert kept["notes"] == ["10 slides", "all is well", "1 notes about single slides or patients are not in the bundle"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
@@ -25,23 +26,50 @@ def _tasks(labels, **settings):
 
 def _auroc(count, label):
     tasks, target = _tasks(label)
-    return roc_auc_score(label, count_baseline(count, target, tasks, FOLDS)[:, 1])
+    return roc_auc_score(label, count_baseline(count, target, tasks, FOLDS)[0][:, 1])
 
 
 def test_tile_count_says_nothing_of_a_balanced_cohort():
     assert _auroc([60 + (i // 10) * 7 for i in range(40)], LABEL) == pytest.approx(0.5, abs=0.05)
 
 
-def test_tile_count_tells_which_side_has_more_tiles():
+def test_tile_count_is_read_in_the_way_that_suits_it_and_says_which():
     fewer = [100 - 30 * one for one in LABEL]
-    assert _auroc(fewer, LABEL) == 0.0
-    assert _auroc(fewer, [1 - one for one in LABEL]) == 1.0
+    assert _auroc(fewer, LABEL) == _auroc(fewer, [1 - one for one in LABEL]) == 1.0
+    tasks, target = _tasks(LABEL)
+    assert count_baseline(fewer, target, tasks, FOLDS)[1] == {"label": "fewer tiles, more 1"}
+    more = [100 + 30 * one for one in LABEL]
+    assert count_baseline(more, target, tasks, FOLDS)[1] == {"label": "more tiles, more 1"}
+
+
+def test_tile_count_is_as_good_whichever_class_is_positive():
+    rng = np.random.default_rng(0)
+    count = [int(rng.integers(4, 9) if one else rng.integers(6, 14)) for one in LABEL]
+    found = []
+    for positive in "01":
+        tasks, target = _tasks(LABEL, positive=positive)
+        said, _ = count_baseline(count, target, tasks, FOLDS)
+        np.testing.assert_allclose(said.sum(axis=1), 1)
+        found.append(roc_auc_score([str(one) == positive for one in LABEL], said[:, int(positive)]))
+    assert found[0] == pytest.approx(found[1]) and found[0] > 0.8
+
+
+def test_tile_count_of_two_classes_is_not_fitted_beside_other_tasks_either():
+    count = [60 + (i // 10) * 7 for i in range(40)]
+    rows = [{"label": str(one), "size": str(tiles)} for one, tiles in zip(LABEL, count, strict=True)]
+    tasks = make_tasks(MilSettings(also=[{"label": "size", "kind": "regression"}]), rows)
+    target = tasks.encode(rows)
+    said, direction = count_baseline(count, target, tasks, FOLDS)
+    alone, target_alone = _tasks(LABEL)
+    np.testing.assert_array_equal(said[:, :2], count_baseline(count, target_alone, alone, FOLDS)[0])
+    assert set(direction) == {"label"} and np.corrcoef(said[:, 2], count)[0, 1] > 0.9
 
 
 def test_tile_count_of_three_classes_is_fitted():
     label = [i % 3 for i in range(40)]
     tasks, target = _tasks(label)
-    probability = count_baseline([10 ** (1 + one) for one in label], target, tasks, FOLDS)
+    probability, direction = count_baseline([10 ** (1 + one) for one in label], target, tasks, FOLDS)
+    assert not direction
     assert (probability.argmax(axis=1) == label).all()
 
 
@@ -70,6 +98,19 @@ def test_a_linear_control_is_the_balanced_logistic_regression():
     reference = LogisticRegression(C=2.0, class_weight="balanced", tol=1e-8, max_iter=10_000).fit(scaled, label)
     found = model(value)
     np.testing.assert_allclose(found[:, 1] - found[:, 0], reference.decision_function(scaled), atol=2e-3)
+
+
+def test_linear_controls_do_not_depend_on_threads():
+    tasks, target = _tasks(np.arange(1300) % 2)
+    value, before = np.random.default_rng(0).random((1300, 64)) + 0.05 * target, torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(fit_linear(value, target, tasks))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    np.testing.assert_array_equal(found[0].weight_DO, found[1].weight_DO)
+    np.testing.assert_array_equal(found[0].bias_O, found[1].bias_O)
 
 
 def test_linear_controls_of_other_tasks_learn_too():

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from pathfm.mil.bundle import BundleError, open_bundle, write_bundle
 from pathfm.mil.feature_cache import FeatureCache
 from pathfm.mil.network import build_network, spec_of
-from pathfm.mil.predict import Ensemble, predict
+from pathfm.mil.predict import Ensemble, Verdict, predict
 from pathfm.mil.prediction_table import Known, Result, flow, patient_rows, prediction_cells, slide_rows
 from pathfm.mil.seen import Seen
 from pathfm.mil.tasks import make_tasks
@@ -185,6 +185,16 @@ def test_regression_and_survival_have_their_columns_without_classes(tmp_path, sl
     cells = prediction_cells(ensemble, asked(ensemble, slides, tmp_path).slides["a1"])
     assert list(cells) == [*tasks.columns, "lowest", "highest"]
     assert float(cells["lowest"]) <= float(cells[tasks.columns[0]]) <= float(cells["highest"])
+
+
+def test_numbers_in_small_units_are_not_rounded_away(ensemble, monkeypatch):
+    tasks = make_tasks(MilSettings(label="dose", kind="regression"), [{"dose": f"{dose}e-8"} for dose in range(40)])
+    monkeypatch.setattr(ensemble, "tasks", tasks)
+    monkeypatch.setattr(ensemble, "trust", {})
+    said = prediction_cells(ensemble, Verdict(30, np.array([[1.2e-8], [3.4e-8]])))
+    assert said == {tasks.columns[0]: "2.3e-08", "lowest": "1.2e-08", "highest": "3.4e-08"}
+    said = prediction_cells(ensemble, Verdict(30, np.array([[123456.789]])))
+    assert said["lowest"] == "123456.79" and set(prediction_cells(ensemble, None).values()) == {""}
 
 
 def test_a_bundle_of_unknown_parts_is_refused_in_one_line(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from pathfm.errors import UsageError
 from pathfm.mil.held_out import held_out_patients, held_out_slides
+from pathfm.mil.plan import check_plan
 from pathfm.mil.stage import run_mil
 from pathfm.store.cohort import Cohort
 from pathfm.store.commit import content_digest, write_json
@@ -185,6 +186,25 @@ def test_the_column_split_decides_who_is_held_out(small):
     one_class = with_split(lambda row: row.patient_id == "p000")
     with pytest.raises(UsageError, match="every class needs a patient to test"):
         run_mil(study, one_class, small.into("split"))
+
+
+@pytest.mark.parametrize("kind", ["survival", "multilabel"])
+def test_rare_events_and_columns_are_judged_on_held_out_patients_too(small, tmp_path, kind):
+    def row_of(place, row):
+        patient = place // 2
+        values = (patient * 7 % 11 + 1, int(patient % 4 == 1)) if kind == "survival" else (patient % 2, int(patient == 5))
+        return replace(row, labels=dict(zip("ab", map(str, values), strict=True)))
+
+    cohort = Cohort(tuple(row_of(place, row) for place, row in enumerate(small.cohort.rows)), ("a", "b"))
+    task = {"time": "a", "event": "b"} if kind == "survival" else {"columns": ["a", "b"]}
+    study = small.study(label="m", epochs=1, seen_in_pretraining="exclude", **task).model_copy(update={"out": tmp_path})
+    held_out = held_out_slides(study, cohort)
+    inputs = small.into(f"rare-{kind}")
+    check_plan(study, cohort, inputs.mil_dir)
+    rest = [row.slide_id for row in cohort.rows if row.slide_id not in held_out]
+    run_mil(study, cohort, replace(inputs, encoder_dir=encoder_that_saw(tmp_path / "teacher", small, rest)))
+    (fold,) = json.loads((inputs.mil_dir / "splits.json").read_text())["folds"]
+    assert set(fold["test"]) == held_out_patients(study, cohort) and fold["train"] and fold["validation"]
 
 
 def test_nothing_is_held_out_unless_it_is_asked_for(small):

@@ -12,9 +12,12 @@ from pathfm.mil.bundle import open_bundle, write_bundle
 from pathfm.mil.feature_cache import FeatureCache
 from pathfm.mil.judging import judge
 from pathfm.mil.predict import Ensemble, predict
+from pathfm.mil.prediction_table import Known, Result, flow
+from pathfm.mil.seen import Seen
 from pathfm.mil.validation import MODEL, headline, validation_metrics
 from pathfm.mil_settings import MilSettings, NumberSettings
 from pathfm.store.cohort import Cohort, SlideRow
+from pathfm.store.record import Outcome
 
 from .bundles import SETTINGS, facts_in
 from .test_predict import feature_file
@@ -79,6 +82,35 @@ def test_late_fusion_counts_slides_but_trusts_patients(tmp_path):
     torn = answered(tmp_path / "torn", "slide", lambda patient, slide: "tumour" if slide else "normal")
     torn_metrics = validation_metrics(*torn, ())
     assert torn_metrics["trust"]["unit"] == "bag" and "refused" in torn_metrics["models"][MODEL]["levels"]["patient"]
+
+
+def test_what_is_said_of_a_patient_rests_on_all_slides_whichever_has_the_label(tmp_path):
+    def once(patient, slide):
+        return "" if slide else "tumour" if patient % 2 else "normal"
+
+    whole, late = answered(tmp_path / "whole", "slide"), answered(tmp_path / "late", "slide", once)
+    wanted, found = validation_metrics(*whole, ()), validation_metrics(*late, ())
+    assert found["trust"] == wanted["trust"] and found["trust"]["unit"] == "patient"
+    assert found["models"][MODEL]["levels"] == wanted["models"][MODEL]["levels"]
+    assert (found["models"][MODEL]["n_bags"], found["n_slides"], found["n_patients"]) == (6, 6, 6)
+    said = late[1].of_patients(late[0])
+    target = [float(name == "tumour") for name in (once(number, 0) for number in range(6))]
+    brier = np.mean([(said[f"n{number}"].prediction_P[1] - target[number]) ** 2 for number in range(6)])
+    assert found["models"][MODEL]["levels"]["patient"]["brier"]["value"] == pytest.approx(brier)
+
+
+@pytest.mark.parametrize(("level", "used"), [("patient", 12), ("slide", 6)])
+def test_the_flow_counts_the_slides_that_the_numbers_rest_on(tmp_path, level, used):
+    ensemble, answers = answered(tmp_path, level, lambda patient, slide: "" if slide else "normal")
+    patients = {slide_id: f"n{slide_id[1]}" for slide_id in answers.slides}
+    label_of = {slide_id: "normal" if slide_id.endswith("0") else "" for slide_id in patients}
+    rows = [SlideRow(name, tmp_path / name, patient_id=patients[name], labels={"label": label_of[name]}) for name in patients]
+    known = Known(patients, dict.fromkeys(patients, "hash"), {}, has_labels=True)
+    done = {name: Outcome(name, "done") for name in patients}
+    result = Result(Cohort(tuple(rows)), tmp_path, ensemble, known, Seen("mark", False, patients), answers, done)
+    counts = flow(result, ())
+    assert counts["slides"]["used"] == used == validation_metrics(ensemble, answers, ())["n_slides"]
+    assert counts["slides"]["no label"] == 12 - used and counts["patients"]["used"] == 6
 
 
 @pytest.mark.parametrize("label", ["normal", ""])

@@ -1,6 +1,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 
 from pathfm.errors import UsageError
 from pathfm.report import mil_figures, mil_words
+from pathfm.report.figures import plain, roc_chart
 from pathfm.report.mil_blocks import Heading, Item, Scale, Table, Words, scale_of
 from pathfm.report.mil_predictions import Risks, probability_columns, ranked, risk_groups, risks, said_by_slide, said_of
 from pathfm.report.mil_sections import bundle_section, cards, described, design_items, flow_adds_up, result_sections
-from pathfm.report.mil_tables import fold_table, subgroup_table
+from pathfm.report.mil_tables import fold_table, models_table, subgroup_table
 from pathfm.report.mil_validation import validation_page
 from pathfm.report.results import Estimate, MilResult, read_mil
 from pathfm.report.summary import key_numbers, summarise, warnings
@@ -215,6 +217,20 @@ def test_shuffled_labels_below_zero_are_no_leak_for_numbers(folders: dict[str, P
         assert bool(lines) == leaks and not any("one shuffle" in line for line in lines)
 
 
+@pytest.mark.parametrize(("kind", "metric"), [("ordinal", "kappa"), ("regression", "r2")])
+def test_no_page_claims_an_interval_that_there_is_not(tmp_path: Path, kind: str, metric: str) -> None:
+    folder = write_folder(tmp_path / "none", kind)
+    content = json.loads((folder / "metrics.json").read_text())
+    content.pop("permutations")
+    for value in (0.21, 0.0):
+        for name in ("our encoder", "shuffled labels"):
+            content["models"].setdefault(name, {})[metric] = {"value": value, "low": None, "high": None, "method": "none"}
+        (folder / "metrics.json").write_text(json.dumps(content))
+        lines = [line for line in warnings(read(folder)) if "interval" in line or "chance" in line]
+        assert not any("interval" in line for line in lines)
+        assert bool(lines) == (value == 0.0)
+
+
 def test_every_control_that_is_not_beaten_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "c", "binary")
     content = json.loads((folder / "metrics.json").read_text())
@@ -324,6 +340,13 @@ def test_risk_groups_are_cut_inside_folds(folders: dict[str, Path]) -> None:
     assert (risk_groups(shifted, 2) == group_N).all()
 
 
+def test_the_risk_of_a_patient_is_that_of_all_slides_also_of_those_whose_row_has_no_label(folders: dict[str, Path]) -> None:
+    rows = [{"patient_id": "p", "risk": "0.2", "label": ""}, {"patient_id": "p", "risk": "0.4", "label": "months=3 dead=1"}]
+    result = replace(read(folders["cox"]), predictions=(*rows, {"patient_id": "q", "risk": "0.9", "label": "months=3"}))
+    found = risks(result, "months", "dead")
+    assert found.risk_N.tolist() == pytest.approx([0.3]) and (found.time_N.tolist(), found.event_N.tolist()) == ([3], [True])
+
+
 def test_bands_of_survival_are_those_of_a_plain_calculation() -> None:
     time, event = np.array([1.0, 2, 2, 3, 4, 5]), np.array([1, 1, 0, 1, 0, 1], dtype=bool)
     low, high = mil_figures._greenwood(np.array([1.0, 2, 3, 5]), time, event)
@@ -349,8 +372,43 @@ def test_names_with_signs_of_formulas_are_drawn_as_they_are(folders: dict[str, P
     assert chart is not None and b"<svg" in base64.b64decode(chart.uri.partition(",")[2])
 
 
+def test_names_in_other_scripts_are_drawn_as_question_marks_and_written_as_they_are(folders, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", "binary")
+    for name in ("metrics.json", "predictions.csv", "roc.csv"):
+        path = folder / name
+        path.write_text(path.read_text().replace("our encoder", "日本|x").replace("\\u65e5", "日"))
+    result = read(folder)
+    assert roc_chart(result) is not None and "日本|x" in text_of(result_sections(result, None)[0].items)  # warnings are errors
+    assert plain("日本|x é\n$") == "??|x é\n\\$"
+
+
+def test_small_numbers_are_shown(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "small", "regression")
+    content = json.loads((folder / "metrics.json").read_text())
+    content["models"]["our encoder"]["mae"] = {"value": 3.2e-7, "low": 2.1e-7, "high": 4.4e-7, "method": "bootstrap"}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    result = read(folder)
+    numbers = text_of(tuple(part for section in result_sections(result, None) for part in section.items))
+    assert "3.2e-07 2.1e-07 to 4.4e-07" in numbers
+    assert "3.2e-07" in validation_page(folder).read_text(encoding="utf-8")
+
+
+def test_the_row_of_the_tile_count_says_which_way_it_was_read(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "c", "binary")
+    content = json.loads((folder / "metrics.json").read_text())
+    count = content["models"]["our encoder"] | {"direction": "fewer tiles, more sick"}
+    content["models"]["tile count"] = count
+    (folder / "metrics.json").write_text(json.dumps(content))
+    (row,) = (row for row in models_table(read(folder).task).rows if row.cells[0].text == "tile count")
+    assert row.cells[0].why.endswith("; here fewer tiles, more sick")
+
+
 def test_labels_of_several_columns_are_read_by_name() -> None:
-    assert (said_of("er=1 pr=0", "pr"), said_of("her=1", "er"), said_of("a.b=2", "a.b"), said_of("", "x")) == ("0", "", "2", "")
+    assert said_of("er=1 pr=0", ("er", "pr")) == {"er": "1", "pr": "0"}
+    assert (said_of("her=1", ("er",)), said_of("a.b=2", ("a.b",)), said_of("", ("x",))) == ({}, {"a.b": "2"}, {})
+    # A name that ends another one; and tables that name columns of further tasks behind.
+    assert said_of("braf mut=0", ("braf mut", "mut")) == {"braf mut": "0"}
+    assert said_of("braf mut=0 mut=1 age=50", ("braf mut", "mut")) == {"braf mut": "0", "mut": "1"}
     row: dict[str, Any] = {"probability_a": 1, "probability_b": 2, "grade_probability_a": 3}
     assert probability_columns(row, 2) == ["probability_a", "probability_b"]
 

@@ -166,6 +166,28 @@ def test_small_strata_that_are_no_classes_join_their_neighbours():
         stratified_group_folds(strata(q1=1, q2=1), 3, 0.2, 0, classes=False)
 
 
+def test_strata_that_are_no_classes_need_not_be_in_every_part_that_is_held_out():
+    of = {**strata(q1=9, q2=2, q3=9, q4=1), "x": ""}
+    test = {"q1000", "q2000", "q2001", "q3000"}
+    with pytest.raises(UsageError, match=r"every class needs .* q2: 2 of 2, .* q4: 0 of 1 "):
+        held_out_fold(of, test, 0.2, 0)
+    fold = held_out_fold(of, test, 0.2, 0, classes=False)
+    no_patient_is_on_two_sides([fold], of)
+    assert set(fold.test) == test
+    with pytest.raises(UsageError, match=r"the split needs .* held out are patients: 20 of 21 "):
+        held_out_fold(of, set(of) - {"q1000", "x"}, 0.2, 0, classes=False)
+    pairs = strata(e1=2, e2=2, c=2)  # of which one each is held out: none alone could be learned from and stopped by
+    fold = held_out_fold(pairs, {"e1000", "e2000"}, 0.2, 0, classes=False)
+    assert {side_of(fold)[name] for name in ("e1001", "e2001")} == {"train", "validation"}
+    first = stratified_group_folds(strata(q1=9, q2=8), 3, 0.2, 0, classes=False)[0]
+    assert held_out_fold(strata(q1=9, q2=8), first.test, 0.2, 0, classes=False) == first
+
+
+def test_patients_of_unknown_stratum_are_no_class_of_a_held_out_part():
+    of = {**strata(a=10, b=10), "x": ""}
+    assert "x" in held_out_fold(of, {"a000", "b000"}, 0.2, 0).train
+
+
 def test_monte_carlo_draws_rounds_of_the_wanted_size():
     of = strata(a=40, b=20)
     folds = monte_carlo_folds(of, 8, (0.25, 0.2), 0)
