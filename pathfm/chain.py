@@ -7,13 +7,14 @@ by that, and what is not, is said in ``docs/audit.md``.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import hmac
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,8 +239,15 @@ def _told_id(folder: Path) -> str:
     return ""
 
 
-def chain_files(folder: Path) -> Iterator[Path]:
-    """All files of sealed lines below a folder, in order; stores and hidden folders are not looked into."""
+def chain_files(folder: Path, aside: Collection[str] = ()) -> Iterator[Path]:
+    """All files of sealed lines below a folder, in order; stores and hidden folders are not looked into.
+
+    Args:
+        folder: searched.
+        aside: names of folders directly in it that are not looked into either.
+    """
+    skipped = aside
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".zarr"))
-        yield from sorted(Path(place, name) for name in files if Path(name).match(PATTERN))
+        folders[:], skipped = [name for name in folders if name not in skipped], ()
+        yield from (Path(place, name) for name in sorted(fnmatch.filter(files, PATTERN)))

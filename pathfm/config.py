@@ -33,7 +33,7 @@ class _TextLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own class attribute
     yaml_constructors = {  # noqa: RUF012 - PyYAML's own class attribute
         _NULL: yaml.SafeLoader.construct_yaml_null,
-        _STR: yaml.SafeLoader.construct_yaml_str,
+        _STR: lambda loader, node: _joined(loader.construct_scalar(node)),
         "tag:yaml.org,2002:seq": yaml.SafeLoader.construct_yaml_seq,
         "tag:yaml.org,2002:map": yaml.SafeLoader.construct_yaml_map,
         None: yaml.SafeLoader.construct_undefined,
@@ -51,6 +51,11 @@ class _TextLoader(yaml.SafeLoader):
 
 
 _TextLoader.add_implicit_resolver(_NULL, re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""])
+
+
+def _joined(text: str) -> str:
+    """Text in which JSON's two escapes for one character beyond U+FFFF are that character, as in YAML they are not."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 class _TextDumper(yaml.SafeDumper):
@@ -78,11 +83,12 @@ PATHS = frozenset(
         "tile.tissue.annotations",
         "pretrain.health.probe",
         "compute.cache_dir",
+        "extract.weights",
     }
 )
 """Settings that are one path."""
-ENCODER_NAMES = frozenset({"pretrain.init", "pretrain.teacher", "extract.encoder"})
-"""Settings that may be a path after a scheme."""
+ENCODER_NAMES = frozenset({"pretrain.init", "pretrain.teacher", "extract.encoder", "extract.also"})
+"""Settings that may be a path after a scheme, or several of them."""
 
 
 def load_study(path: Path | None, overrides: Sequence[str] = ()) -> Study:
@@ -179,7 +185,10 @@ def _from_here(override: str) -> str:
     name, _, text = override.partition("=")
     value = text.strip()
     if name.strip() in ENCODER_NAMES:
-        return f"{name}={json.dumps(_placed_name(Path.cwd(), value))}" if value.partition(":")[0] in PATH_SCHEMES else override
+        given = _parse(value, f"--set {name}")
+        names = given if isinstance(given, list) else [given]
+        placed = [_placed_name(Path.cwd(), each) if isinstance(each, str) else each for each in names]
+        return f"{name}={json.dumps(placed if isinstance(given, list) else placed[0])}"
     if name.strip() not in PATHS or not value or value in {"null", "~"} or value[0] in "\"'[":
         return override
     return f"{name}={json.dumps(str(Path.cwd() / value))}"
@@ -319,6 +328,11 @@ def _resolved(study: Study, base: Path) -> Study:
     tile, cache, health = study.tile, study.compute.cache_dir, study.pretrain.health
     health = health.model_copy(update={"probe": _placed(base, health.probe)})
     named = {key: _placed_name(base, getattr(study.pretrain, key)) for key in ("init", "teacher")}
+    encoders = {
+        "encoder": _placed_name(base, study.extract.encoder),
+        "also": tuple(_placed_name(base, name) for name in study.extract.also),
+        "weights": _placed(base, study.extract.weights),
+    }
     split = study.mil.split.model_copy(update={"file": _placed(base, study.mil.split.file)})
     tissue = tile.tissue.model_copy(update={"annotations": _placed(base, tile.tissue.annotations)})
     return study.model_copy(
@@ -327,7 +341,7 @@ def _resolved(study: Study, base: Path) -> Study:
             "cohort": cohort.model_copy(update=placed),
             "tile": tile.model_copy(update={"coords": _placed(base, tile.coords), "tissue": tissue}),
             "pretrain": study.pretrain.model_copy(update={"health": health, **named}),
-            "extract": study.extract.model_copy(update={"encoder": _placed_name(base, study.extract.encoder)}),
+            "extract": study.extract.model_copy(update=encoders),
             "mil": study.mil.model_copy(update={"features": _placed(base, study.mil.features), "split": split}),
             "compute": study.compute.model_copy(update={"cache_dir": _placed(base, cache)}),
         }

@@ -25,17 +25,35 @@ def encoder_fingerprint(stores: Stores, facts: Mapping[str, Mapping[str, str]], 
     Args:
         stores: the slides that it is pretrained on.
         facts: columns of the cohort table by slide_id, for sampling weights; those of other slides do not count.
-        settings: of pretraining; weights that they name by a path count by content.
+        settings: of pretraining; what they name by a path counts by content.
     """
     from pathfm.pretrain import VERSION
 
     known = {slide_id: dict(row) for slide_id, row in facts.items() if slide_id in stores}
-    weights = [weights_digest(name) for name in (settings.init, settings.teacher)]
+    weights = origin_digests(settings)
     return fingerprint({"version": VERSION, "stores": dict(stores), "facts": known, "weights": weights}, settings.decisive())
 
 
-def weights_digest(name: str | None) -> str:
-    """Of the file behind a name that is a path: other weights under the same name make another encoder."""
+def origin_digests(settings: PretrainSettings) -> list[str]:
+    """Of what pretraining starts and learns from. Of where it starts nothing but the weights is taken; a teacher sees tiles."""
+    return [_weights_digest(settings.init), encoder_digest(settings.teacher)]
+
+
+def encoder_digest(name: str | None) -> str:
+    """Of what lies behind a name that is a path: another encoder under the same name gives other features. Else empty.
+
+    Raises:
+        StoreError: the card of an encoder's folder is damaged.
+    """
+    scheme, _, rest = (name or "").partition(":")
+    if scheme != "local-dir":
+        return _weights_digest(name)
+    from pathfm.models.encoder_folders import folder_digest
+
+    return folder_digest(Path(rest))
+
+
+def _weights_digest(name: str | None) -> str:
     scheme, _, rest = (name or "").partition(":")
     file = Path(rest, "model.safetensors") if scheme == "local-dir" else Path(rest)
     return file_digest(file) if scheme in PATH_SCHEMES and file.is_file() else ""

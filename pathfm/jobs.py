@@ -16,6 +16,7 @@ from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.events import Events
 from pathfm.faults import crash_point
+from pathfm.job_history import DONE, DROPPED
 from pathfm.report.fates import without_folders
 from pathfm.run_manifest import receipt_digest
 from pathfm.store.cohort import shard_of
@@ -76,6 +77,13 @@ class Jobs:
             "report": self.report,
         }
         return works[stage]()
+
+    def has_worked(self, job: Planned, made: Made) -> bool:
+        """Whether a stage that has run has made something of a job anew: stages see what no plan does, as a user's code."""
+        if made.outcomes:
+            return any(made.outcomes[slide].status == "done" for slide in job.slide_ids if slide in made.outcomes)
+        report = self.run.reports.get(job.stage)
+        return report is not None and not report.did_nothing
 
     def check(self) -> Made:
         """Everything that can be refused before hours of work."""
@@ -167,9 +175,10 @@ def run_job(out: Path, stage: str, group: str = ALL, overrides: Sequence[str] = 
     planned, study = plan.job(stage, group), open_study(out, overrides)
     if settings_digest(study) != plan.settings:
         raise UsageError("these settings are not those that were planned", where=str(out), fix="run `pathfm plan STUDY` again")
-    if stage in BY_GROUP:
-        study = study.model_copy(update={"compute": study.compute.model_copy(update={"shard": group})})
-    run = begin(study)
+    here: dict[str, object] = {"shard": group} if stage in BY_GROUP else {}
+    if plan.cache_dir and study.compute.cache_dir is None:
+        here |= {"cache_dir": Path(plan.cache_dir)}
+    run = begin(study.model_copy(update={"compute": study.compute.model_copy(update=here)}))
     if stage == "extract":
         run.cohort = replace(run.cohort, rows=shard_of(run.cohort.rows, group))
     write_receipts(run, [planned], Jobs(run).work(stage))
@@ -193,19 +202,36 @@ def write_receipts(run: Run, jobs: Iterable[Planned], made: Made) -> None:
         for job in jobs:
             receipt = _receipt(run, job, made, known)
             about = {"stage": receipt.stage, "group": receipt.group, "fingerprint": receipt.fingerprint}
-            events.write("job_done", **about, content=receipt.content, receipt=receipt_digest(receipt))
+            of_slides = {
+                slide.slide_id: {"fingerprint": slide.fingerprint, "content": slide.content}
+                for slide in receipt.slides
+                if slide.fingerprint
+            }
+            hashes = {"content": receipt.content, "receipt": receipt_digest(receipt), "slides": of_slides}
+            events.write(DONE, **about, **hashes)
             events.flush()
             crash_point("job.told")
             write_receipt(run.layout.out, receipt)
 
 
 def drop_old_receipts(out: Path, plan: StudyPlan) -> None:
-    """Removes receipts of groups that there are no more, as a cohort has grown; to be called once the new ones are there."""
+    """Removes receipts of groups that there are no more, as a cohort has grown; to be called once the new ones are there.
+
+    The events come first: a receipt that is missing without one was removed by somebody.
+    """
+    old: list[tuple[str, Path]] = []
     for stage in BY_GROUP:
         current = {receipt_path(out, stage, job.group) for job in plan.of(stage)}
         if all(path.is_file() for path in current):
-            for path in set(receipt_path(out, stage, ALL).parent.glob("*.json")) - current:
-                path.unlink(missing_ok=True)
+            old += [(stage, path) for path in sorted(set(receipt_path(out, stage, ALL).parent.glob("*.json")) - current)]
+    if not old:
+        return
+    with Events(out) as events:
+        for stage, path in old:
+            events.write(DROPPED, stage=stage, group=path.stem)
+        events.flush()
+    for _, path in old:
+        path.unlink(missing_ok=True)
 
 
 def _receipt(run: Run, job: Planned, made: Made, known: Known) -> Receipt:

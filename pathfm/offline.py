@@ -56,10 +56,14 @@ def carry(out: Path, bundles: Sequence[Path] = (), encoders: Sequence[Path] = ()
         wheels: False to carry models only (the wheels of CUDA alone are several GB).
 
     Raises:
-        UsageError: there is something else at ``out``, a bundle or encoder is not whole, or pip cannot get a wheel.
+        UsageError: there is something else at ``out``, it is the current folder or a whole drive, a bundle or encoder is not
+            whole, or pip cannot get a wheel.
         MissingExtraError: the library for the list of software is not installed.
         StoreError: the drive fails.
     """
+    if out.exists() and (out.samefile(os.curdir) or out.is_mount()):
+        fix = f"name a folder in it, e.g. {out / 'carry'}"
+        raise UsageError("this folder cannot be replaced: it is the current one, or a drive", where=str(out), fix=fix)
     if not _is_replaceable(out):
         raise UsageError("there is something else already", where=str(out), fix="name a folder that is absent or empty")
     models = {

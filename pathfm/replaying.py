@@ -96,7 +96,7 @@ def _as_recorded(study: Study, settings: Mapping[str, Any]) -> Study:
     decided = {name: value for name, value in recorded.items() if name not in PLACES}
     for name, value in decided.items():
         if value != given[name] and not name.startswith("compute."):
-            say(f"as recorded: {name}={json.dumps(value)}")
+            say(f"as recorded: {name}={json.dumps(value, ensure_ascii=False)}")
     return load_study(None, [f"{name}={json.dumps(value)}" for name, value in {**given, **decided}.items()])
 
 

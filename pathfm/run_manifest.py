@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import fnmatch
 import getpass
 import hashlib
 import json
@@ -16,7 +17,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,7 @@ PATTERN = "[0-9]*Z-*.json"
 """Names of manifests."""
 OPERATOR = "PATHFM_OPERATOR"
 """Environment variable with the name that is written; without it, a hash of the login name is."""
+_BLOCK = 1 << 20
 _TIME = "%Y%m%dT%H%M%S.%fZ"
 
 log = get_log(__name__)
@@ -56,14 +58,15 @@ class RunManifest:
         out: the output folder.
         command: as it is typed (``run``, ``mil predict``).
         study: all settings.
+        aside: names of folders in the output folder in which nobody writes events, and which are large.
 
     Attributes:
         exit_code: how the command ends; set it before the block ends, or raise.
     """
 
-    def __init__(self, out: Path, command: str, study: Study | None = None) -> None:
-        self.exit_code = ExitCode.DONE
-        self._out, self._key, self._before = out, key_of_environment(), chain_heads(out)
+    def __init__(self, out: Path, command: str, study: Study | None = None, aside: Collection[str] = ()) -> None:
+        self.exit_code, self._aside = ExitCode.DONE, aside
+        self._out, self._key, self._before = out, key_of_environment(), chain_heads(out, aside)
         self._started, self._clock = datetime.datetime.now(datetime.UTC), time.monotonic()
         self._about = {"command": command, "run": secrets.token_hex(4), **_settings(study, out), **_who(self._key)}
         self._digests: dict[str, dict[str, str]] = {"inputs": _tables(study), "models": {}, "outputs": {}}
@@ -86,7 +89,7 @@ class RunManifest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, UsageError) and chain_heads(self._out) == self._before:
+        if isinstance(error, UsageError) and chain_heads(self._out, self._aside) == self._before:
             return
         try:
             with disk_errors(self._out / RUNS):
@@ -108,8 +111,8 @@ class RunManifest:
             "jobs": _jobs(self._out),
             **self._digests,
             "models": {**_bundle(self._out), **self._digests["models"]},
-            "unended_runs": len(unended_runs(self._out)),
-            "chains": chain_heads(self._out),
+            "unended_runs": len(unended_runs(self._out, self._aside)),
+            "chains": chain_heads(self._out, self._aside),
         }
         with _alone(self._out / RUNS):
             sweep(self._out / RUNS)
@@ -142,9 +145,9 @@ def write_manifest(out: Path, content: Mapping[str, Any], key: SecretKey | None)
     Raises:
         StoreError: the drive fails.
     """
-    earlier, now = manifest_files(out)[-1:], datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.UTC)
     place: dict[str, Any] = {"sequence": 1, "previous": "", "key": key.id if key else None}
-    for path in earlier:
+    if path := _last_manifest(out):
         raw = path.read_bytes()
         place |= {"sequence": _sequence(raw) + 1, "previous": hashlib.sha256(raw).hexdigest()}
         last = datetime.datetime.strptime(path.name.partition("-")[0], _TIME).replace(tzinfo=datetime.UTC)
@@ -156,10 +159,23 @@ def write_manifest(out: Path, content: Mapping[str, Any], key: SecretKey | None)
     return path
 
 
-def chain_heads(out: Path) -> list[dict[str, Any]]:
-    """The heads of all chains of events below a folder, as they are on the drive: file, sequence, hash, key, mac."""
+def _last_manifest(out: Path) -> Path | None:
+    """The newest one, of as many as a night batch has rounds."""
+    with suppress(FileNotFoundError), os.scandir(out / RUNS) as entries:
+        if names := fnmatch.filter((entry.name for entry in entries), PATTERN):
+            return out / RUNS / max(names)
+    return None
+
+
+def chain_heads(out: Path, aside: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The heads of all chains of events below a folder, as they are on the drive: file, sequence, hash, key, mac.
+
+    Args:
+        out: the folder.
+        aside: names of folders in it that are not looked into.
+    """
     heads = []
-    for path in chain_files(out):
+    for path in chain_files(out, aside):
         with path.open("rb") as file:
             with suppress(OSError):  # some drives do not flush what is only read
                 os.fsync(file.fileno())
@@ -172,14 +188,29 @@ def receipt_digest(receipt: Receipt) -> str:
     return fingerprint(asdict(receipt))
 
 
-def unended_runs(out: Path) -> set[str]:
-    """Runs whose start is in the events and whose end is not: killed, broken off, or still going."""
+def unended_runs(out: Path, aside: Collection[str] = ()) -> set[str]:
+    """Runs whose start is in the events and whose end is not: killed, broken off, or still going.
+
+    Args:
+        out: the folder with the events.
+        aside: names of folders in it that are not looked into.
+    """
     runs: dict[str, set[str]] = {"run_started": set(), "run_ended": set()}
-    for path in chain_files(out):
-        with path.open("rb") as file:
-            for line in (line for line in file if b'"kind": "run_' in line):
-                _note_run(line, runs)
+    for path in chain_files(out, aside):
+        for line in _lines_with(path, b'"kind": "run_'):
+            _note_run(line, runs)
     return runs["run_started"] - runs["run_ended"]
+
+
+def _lines_with(path: Path, text: bytes) -> Iterator[bytes]:
+    """Lines of a file in which a text is; they are searched for in large blocks, since most have it not, and logs grow."""
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK) + file.readline():
+            found = block.find(text)
+            while found >= 0:
+                end = block.find(b"\n", found) % len(block) + 1  # the last line may have none
+                yield block[block.rfind(b"\n", 0, found) + 1 : end]
+                found = block.find(text, end)
 
 
 def _note_run(line: bytes, runs: Mapping[str, set[str]]) -> None:

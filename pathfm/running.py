@@ -222,9 +222,10 @@ def _in_this_process(run: Run, plan: StudyPlan) -> None:
     """Each stage for all slides at once. Stages look for themselves at what is up to date, whatever the plan says."""
     jobs = Jobs(run)
     for stage in STAGES:
-        todo = [job for job in plan.of(stage) if job.state != "current"]
-        if todo or (stage != "check" and plan.of(stage)):
-            write_receipts(run, todo, jobs.work(stage))
+        planned = plan.of(stage)
+        if any(job.state != "current" for job in planned) or (stage != "check" and planned):
+            made = jobs.work(stage)
+            write_receipts(run, [job for job in planned if job.state != "current" or jobs.has_worked(job, made)], made)
     if plan.stale and not run.reports:
         say("checked: nothing stands in the way of the study")
     elif all(report.did_nothing for report in run.reports.values()):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from pathfm.chain import KEY_FILE
 from pathfm.errors import ExitCode, MissingExtraError, PathfmError, UsageError
 from pathfm.log import plural, say, status
 from pathfm.snakemake_progress import Progress, ask, follow, last_line
@@ -150,13 +151,16 @@ class _Snakemake:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Profiles with scripts of their own find them by this variable."""
-        return {**os.environ, "PATHFM_PROFILE": str(self.profile)}
+        """Profiles with scripts of their own find them by their variable; the key of the logs is meant from where we are, and
+        jobs start in the output folder."""
+        named = os.environ.get(KEY_FILE)
+        key = {KEY_FILE: str(Path(named).absolute())} if named else {}
+        return {**os.environ, **key, "PATHFM_PROFILE": str(self.profile)}
 
     def call(self, *more: str, whole: bool = False) -> list[str]:
         """The command line; ``whole``: the graph holds all jobs, not only those that are not current."""
         config = {
-            "out": self.out,
+            "out": ".",  # Snakemake and its jobs are there; a path would be read as YAML, where " #" and ": " say something
             "engine": os.getpid(),
             "until": self.options.until,
             "command": self.command,

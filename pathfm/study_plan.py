@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pathfm.config import fingerprint
-from pathfm.encoder_pin import weights_digest
+from pathfm.encoder_pin import encoder_digest, origin_digests
 from pathfm.errors import SlideError, StoreError, UsageError
 from pathfm.log import track
 from pathfm.pretrain_settings import PATH_SCHEMES
@@ -79,10 +79,17 @@ ByStage = dict[str, dict[str, Planned]]
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All jobs of a study, in the order of the stages; ``settings`` is a digest of the settings they were planned with."""
+    """All jobs of a study, in the order of the stages.
+
+    Attributes:
+        jobs: in that order.
+        settings: digest of the settings that they were planned with.
+        cache_dir: ``compute.cache_dir`` of the run, which the study's folder does not keep; empty: none.
+    """
 
     jobs: tuple[Planned, ...]
     settings: str
+    cache_dir: str = ""
 
     def job(self, stage: str, group: str = ALL) -> Planned:
         """One job.
@@ -129,7 +136,8 @@ def make_plan(run: Run, forced: Sequence[str] = (), retrain: bool = False) -> St
             more = f" and {len(upstream) - 1} more" if len(upstream) > 1 else ""
             judged = replace(judged, state="stale", why=(f"it follows on {upstream[0].name}{more}",))
         stages.setdefault(job.stage, {})[job.group] = judged
-    return StudyPlan(tuple(job for groups in stages.values() for job in groups.values()), settings_digest(run.study))
+    jobs = tuple(job for groups in stages.values() for job in groups.values())
+    return StudyPlan(jobs, settings_digest(run.study), str(run.study.compute.cache_dir or ""))
 
 
 def _before(job: Planned, stages: ByStage) -> list[Planned]:
@@ -273,8 +281,8 @@ def _pretrain_job(run: Run, slides: Mapping[str, str], retrain: bool) -> Planned
     inputs = {name: value for name, value in sorted({**frozen, **current}.items()) if name not in out}
     before = {name: slide.facts for name, slide in pinned.slides.items() if slide.facts} if pinned else {}
     facts = {name: row for name, row in {**before, **sampling_facts(run)}.items() if name in inputs}
-    weights = [weights_digest(name) for name in (run.study.pretrain.init, run.study.pretrain.teacher)]
-    more = {"sampling": fingerprint(facts) if facts else "", "weights": fingerprint(weights)}
+    weights = fingerprint(origin_digests(run.study.pretrain))
+    more = {"sampling": fingerprint(facts) if facts else "", "weights": weights}
     return _job("pretrain", ALL, run.study, {**inputs, **more, TILE_SETTINGS: _tile_settings(run.study)}, inputs)
 
 
@@ -285,11 +293,11 @@ def _tile_settings(study: Study) -> str:
 
 
 def _other_encoder(study: Study) -> str:
-    """What decides the features of an encoder that was not pretrained here: local weights by content, others by name."""
+    """What decides the features of an encoder that was not pretrained here: folders and files by content, others by name."""
     names = (study.extract.encoder, *study.extract.also)
     given = study.extract.weights
     return fingerprint(
-        [[name, weights_digest(name)] for name in names], file_digest(given) if given and given.is_file() else ""
+        [[_placeless(name), encoder_digest(name)] for name in names], file_digest(given) if given and given.is_file() else ""
     )
 
 
@@ -360,7 +368,8 @@ def write_plan(path: Path, plan: StudyPlan) -> None:
         }
         for stage, jobs in stages.items()
     }
-    write_json(path, {"format": FORMAT, "settings": plan.settings, "order": STAGES, "stages": written})
+    about = {"format": FORMAT, "settings": plan.settings, "cache_dir": plan.cache_dir}
+    write_json(path, {**about, "order": STAGES, "stages": written})
 
 
 def read_plan(out: Path) -> StudyPlan:
@@ -380,4 +389,4 @@ def read_plan(out: Path) -> StudyPlan:
         job.pop("after")
         jobs.append(Planned(**{**job, "slide_ids": tuple(job["slide_ids"]), "why": tuple(job["why"])}))
     jobs.sort(key=lambda job: (STAGES.index(job.stage), int(job.group.partition("-of-")[0]) if job.group != ALL else 0))
-    return StudyPlan(tuple(jobs), found["settings"])
+    return StudyPlan(tuple(jobs), found["settings"], found.get("cache_dir", ""))

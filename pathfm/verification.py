@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pathfm.batch.verified import check_results
-from pathfm.chain import PATTERN, chain_files, told
 from pathfm.config import fingerprint
 from pathfm.errors import ExitCode, StoreError, UsageError
 from pathfm.exporting import CONTENT, FILES
+from pathfm.job_history import BUNDLE as BUNDLED
+from pathfm.job_history import TRAIN, History, read_history
 from pathfm.log import plural, say, track
 from pathfm.offline import SUMS, check_carried
-from pathfm.run_manifest import manifest_files, receipt_digest
+from pathfm.run_manifest import manifest_files
 from pathfm.store.commit import content_digest, read_json
 from pathfm.store.manifest import file_digest, manifest_of
-from pathfm.store.receipts import BY_GROUP, FOLDER, STAGES, Receipt, read_receipt
+from pathfm.store.receipts import FOLDER, STAGES, Receipt, SlideReceipt, read_receipt
+from pathfm.store.tile_store import open_tiles
 
 THREADS = 4
 CARD, WEIGHTS, BUNDLE = "card.json", "model.safetensors", "bundle.json"
 WEIGHTS_DIGEST = "weights_sha256"
+OF_TRAINING = ("mil", "report")
+"""Stages whose work `pathfm mil train` does too."""
+ALTERED = "a job told of other content than the one before it, and nothing was made of it in between; delete it to make it anew"
+MADE_AGAIN = "made again since by {}; whether it was altered after that nobody can tell until `pathfm run` has hashed it"
+TRAINED_AGAIN = MADE_AGAIN.format(f"`pathfm {TRAIN}`")
+BUNDLED_AGAIN = f"made again since by `pathfm {TRAIN}`, and of the bundle in the manifest of that"
+SHOWN = 5
+"""Artifacts that a note names."""
 NO_SUMS = f"{CARD} has no hashes of the other files: no export, or one of an earlier version"
 
 
@@ -36,6 +46,7 @@ class Part:
         problems: what was wrong before anything was hashed.
         content: digest over all of it; by default over those that are found.
         notes: what is worth a look, and no problem.
+        explained: files and folders that may have another digest by now -> why; that is a note.
     """
 
     name: str
@@ -44,6 +55,7 @@ class Part:
     problems: tuple[str, ...] = ()
     content: str = ""
     notes: tuple[str, ...] = ()
+    explained: Mapping[Path, str] = field(default_factory=dict)
 
 
 def verify(folder: Path) -> ExitCode:
@@ -73,13 +85,15 @@ def verify(folder: Path) -> ExitCode:
     bad = 0
     for part in parts:
         digests = {path: found[part, path] for path in part.wanted}
-        problems = [*part.problems, *_differences(part, digests, folder)]
+        differences = dict(_differences(part, digests, folder))
+        problems = [*part.problems, *(line for path, line in differences.items() if path not in part.explained)]
+        notes = [*part.notes, *_explanations(part, differences, folder)]
         bad += len(problems)
         found_here = {_name(path, folder): digest for path, digest in digests.items()}
         content = part.content or fingerprint(found_here)
         count, trouble = "all" if part.content else len(digests), f"{plural(len(problems), 'problem')}, " if problems else ""
         say(f"{part.name}: {count} hashed, {trouble}content {content}")
-        for line in (*problems, *(f"note: {note}" for note in part.notes)):
+        for line in (*problems, *(f"note: {note}" for note in notes)):
             say(f"  {line}")
     say(f"verify: {plural(bad, 'problem') if bad else 'everything is what it was'}")
     return ExitCode.SOME_FAILED if bad else ExitCode.DONE
@@ -97,129 +111,82 @@ def _name(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
-def _differences(part: Part, digests: Mapping[Path, str], folder: Path) -> Iterator[str]:
+def _differences(part: Part, digests: Mapping[Path, str], folder: Path) -> Iterator[tuple[Path, str]]:
     for path, digest in digests.items():
         name = _name(path, folder)
         if not digest:
-            yield f"{name}: {'cannot be read' if path.exists() else 'missing'}"
+            yield path, f"{name}: {'cannot be read' if path.exists() else 'missing'}"
         elif digest != part.wanted[path]:
-            yield f"{name}: differs from what was made"
+            yield path, f"{name}: differs from what was made"
+
+
+def _explanations(part: Part, different: Iterable[Path], folder: Path) -> Iterator[str]:
+    names: dict[str, list[str]] = {}
+    for path in different:
+        if path in part.explained:
+            names.setdefault(part.explained[path], []).append(_name(path, folder))
+    for why, found in names.items():
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        yield f"{', '.join(found[:SHOWN])}{more}: {why}"
 
 
 def _stages(out: Path) -> Iterator[Part]:
     """What the receipts of a study name, and whether events and manifests tell of just these receipts."""
-    known, told_jobs = _known_jobs(out), _told_jobs(out)
+    history = read_history(out)
     for stage in STAGES:
-        wanted: dict[Path, str] = {}
+        wanted, explained = dict[Path, str](), dict[Path, str]()
         problems, notes = list[str](), list[str]()
         paths = sorted((out / FOLDER / stage).glob("*.json"))
         for path in paths:
+            name = f"{FOLDER}/{stage}/{path.name}"
             try:
                 receipt = read_receipt(path)
             except StoreError as error:
-                problems.append(f"{FOLDER}/{stage}/{path.name}: {error.what}")
+                problems.append(f"{name}: {error.what}")
                 continue
             if not receipt:
                 continue
             wanted |= {out / name: digest for name, digest in receipt.all_artifacts.items()}
-            was, name = known.get(f"{stage}/{path.stem}"), f"{FOLDER}/{stage}/{path.name}"
-            doubt, is_problem = _doubt(receipt, was, told_jobs) if told_jobs else _doubt_of_old(out, receipt, was)
+            explained |= {out / name: why for name, why in _made_again(out, receipt, history)}
+            doubt, is_problem = history.doubt(receipt)
             if doubt:
                 (problems if is_problem else notes).append(f"{name}: {doubt}")
-        if paths:
-            yield Part(stage, wanted, problems=tuple(problems), notes=tuple(notes))
+        for group, doubt, is_problem in history.missing(stage, {path.stem for path in paths}):
+            (problems if is_problem else notes).append(f"{FOLDER}/{stage}/{group}.json: {doubt}")
+        problems += [f"{slide_id}: {ALTERED}" for slide_id in history.altered(stage)]
+        if paths or problems or notes:
+            yield Part(stage, wanted, problems=tuple(problems), notes=tuple(notes), explained=explained)
 
 
-@dataclass(frozen=True)
-class Known:
-    """What manifests say of a job.
+def _made_again(out: Path, receipt: Receipt, history: History) -> Iterator[tuple[str, str]]:
+    """Artifacts that later work has made anew, and which: what a receipt says of them does not hold any more.
 
-    Attributes:
-        fingerprint: what it depended on.
-        content: digest of what it had made.
-        heads: how long each file of events was when that was first said.
+    Work on the same gives the same: tiles that still have the fingerprint of the receipt must be those of the receipt.
     """
-
-    fingerprint: str
-    content: str
-    heads: Mapping[str, int]
-
-
-def _known_jobs(out: Path) -> dict[str, Known]:
-    """The jobs of the last manifest."""
-    known: dict[str, Known] = {}
-    for path in manifest_files(out):
-        try:
-            said = read_json(path)
-            heads = {str(head["file"]): int(head["sequence"]) for head in said["chains"]}
-            jobs = {
-                name: (str(job["fingerprint"]), str(job["content"])) for name, job in said["jobs"].items() if "content" in job
-            }
-        except (StoreError, AttributeError, KeyError, TypeError, ValueError):  # the audit tells of it
-            continue
-        found = {name: Known(*job, heads) for name, job in jobs.items()}
-        known = found | {name: was for name, was in known.items() if name in found and found[name].content == was.content}
-    return known
+    for slide in receipt.slides:
+        if history.made_again(receipt, slide.slide_id):
+            others = [name for name in slide.artifacts if _is_another(out / name, receipt.stage, slide)]
+            yield from ((name, MADE_AGAIN.format(f"the stage {receipt.stage}")) for name in others)
+    trained = history.trained_again(receipt) if receipt.stage in OF_TRAINING else None
+    if not trained:
+        return
+    # It has the hashes of all files of the bundle.
+    bundle = out / BUNDLED / BUNDLE
+    is_known = bundle.is_file() and file_digest(bundle) == trained.bundle
+    for name in receipt.artifacts:
+        if not name.startswith(f"{BUNDLED}/"):
+            yield name, TRAINED_AGAIN
+        elif is_known:
+            yield name, BUNDLED_AGAIN
 
 
-@dataclass(frozen=True)
-class Told:
-    """What an event tells of a receipt: its hash, and the place of the event."""
-
-    digest: str
-    file: str
-    sequence: int
-
-
-def _told_jobs(out: Path) -> dict[tuple[str, str], list[Told]]:
-    """Stage and group -> all receipts that jobs have told of. Empty: they are all of versions that told of none."""
-    jobs: dict[tuple[str, str], list[Told]] = {}
-    for path in sorted(out.glob(PATTERN)):
-        for said in told(path, "job_done"):
-            line = Told(str(said.get("receipt")), path.name, said["sequence"])
-            jobs.setdefault((str(said.get("stage")), str(said.get("group"))), []).append(line)
-    return jobs
-
-
-def _doubt(receipt: Receipt, known: Known | None, told_jobs: Mapping[tuple[str, str], list[Told]]) -> tuple[str, bool]:
-    """What is strange about a receipt, and whether that is a problem: one that nobody has told of is."""
-    digest, lines = receipt_digest(receipt), told_jobs.get((receipt.stage, receipt.group), [])
-    fitting = [line for line in lines if line.digest == digest]
-    is_same = known is not None and known.content == receipt.content
-    if not fitting and (lines or not is_same):  # a job of an earlier version has only the manifest to tell of it
-        return "no event tells of it: altered, or made up", True
-    if known is None or is_same:
-        return "", False
-    other = "of other content than when the last recorded run ended"
-    if any(line.sequence > known.heads.get(line.file, 0) for line in fitting):  # that run was killed, or is still going
-        return other, False
-    return f"{other}, and no event tells of such work since", True
-
-
-def _doubt_of_old(out: Path, receipt: Receipt, known: Known | None) -> tuple[str, bool]:
-    """The same for a study whose jobs have told of no receipt."""
-    if known is None or known.content == receipt.content:
-        return "", False
-    other = "of other content than when the last recorded run ended"
-    if _is_explained(out, receipt, known):
-        return other, False
-    return f"{other}, and nothing has worked on its slides since", True
-
-
-def _is_explained(out: Path, receipt: Receipt, known: Known) -> bool:
-    """Whether a receipt may have come to say something else than the manifests: a run was killed, or is still going.
-
-    Stages that work on slides tell of each: of the same slides and settings, only such work can have made something else.
-    """
-    if receipt.stage not in BY_GROUP or receipt.fingerprint != known.fingerprint:
-        return True
-    slides = {slide.slide_id for slide in receipt.slides}
-    return any(
-        said["sequence"] > known.heads.get(path.relative_to(out).as_posix(), 0)
-        for path in chain_files(out)
-        for said in told(path, "slide_done", "slide_empty", "slide_failed")
-        if said.get("stage") == receipt.stage and said.get("slide_id") in slides
-    )
+def _is_another(path: Path, stage: str, slide: SlideReceipt) -> bool:
+    if stage != "tile":
+        return path.exists()
+    try:
+        return open_tiles(path).fingerprint != slide.fingerprint
+    except StoreError:
+        return False
 
 
 def _recorded(out: Path) -> Iterator[Part]:

@@ -45,6 +45,7 @@ LAYERS = (
         "running",
         "replaying",
         "jobs",
+        "job_history",
         "study_plan",
         "snakemake_engine",
         "snakemake_progress",

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pathfm import run_manifest
 from pathfm.audit import audit, read_chain
 from pathfm.chain import ID_FILE, KEY_FILE, Head, new_key, parse_sealed, read_key, seal
 from pathfm.config import load_study
@@ -279,6 +280,17 @@ def test_torn_lines_and_runs_that_were_killed_are_told_but_no_alarm(out, audited
     # The torn bytes are proved as well.
     path.write_bytes(path.read_bytes().replace(b'{"time": "2025{', b'{"time": "2026{').replace(b'"2025\n', b'"2026\n'))
     assert "no line of the chain" in audited().told
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 20])
+def test_runs_that_never_ended_are_found_wherever_blocks_end(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(run_manifest, "_BLOCK", block)
+    lines = [b'{"kind": "run_%s", "run": "%d"}' % kind for n in range(9) for kind in ((b"started", n), (b"ended", n))]
+    lines[3:4] = [b'{"kind": "slide_done", "run": "1"}', b'{"kind": "run_ended", "run"', b""]  # the second never ended
+    (tmp_path / "events-a.jsonl").write_bytes(b"\n".join(lines))
+    assert run_manifest.unended_runs(tmp_path) == {"1"}
+    (tmp_path / "events-a.jsonl").write_bytes(b"\n".join(lines[:-1]) + b"\n")
+    assert run_manifest.unended_runs(tmp_path) == {"1", "8"}
 
 
 def test_a_recovered_line_cannot_be_made_up_without_the_key(out, audited):

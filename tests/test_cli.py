@@ -94,7 +94,7 @@ def test_a_slide_without_mpp_says_what_to_do(tmp_path):
     _picture(tmp_path / "a.png")
     done = _pathfm("tile", tmp_path / "a.png", "--out", tmp_path / "out")
     assert done.returncode == 3
-    assert "set `mpp` for it in the cohort table or pass `--assume-mpp`" in done.stderr
+    assert "set `mpp` for it in the cohort table or pass `--set tile.assume_mpp=MPP`" in done.stderr
 
 
 def test_mil_refuses_to_split_without_patients(tmp_path):

@@ -163,6 +163,24 @@ def test_relative_paths_start_at_the_study_file_and_absolute_ones_stay(study_fil
     assert study.cohort.slides == (str(tmp_path / "a/*.svs"), "/data/b")
 
 
+def test_encoders_and_weights_start_at_the_study_file_and_those_of_overrides_here(study_file, tmp_path, monkeypatch):
+    path = study_file("extract: {encoder: uni, weights: w.pth, also: ['local-dir:enc', 'timm:x', 'local-dir:/e']}\n")
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    study = load_study(path).extract
+    assert (study.encoder, study.weights) == ("uni", tmp_path / "w.pth")
+    assert study.also == (f"local-dir:{tmp_path / 'enc'}", "timm:x", "local-dir:/e")
+    typed = ("extract.weights=w.pth", "extract.also=['local-dir:enc', uni]", "extract.encoder=local-dir:enc", "pretrain.init=~")
+    study = load_study(path, typed)
+    assert study.pretrain.init is None
+    assert (study.extract.weights, study.extract.encoder) == (here / "w.pth", f"local-dir:{here / 'enc'}")
+    assert study.extract.also == (f"local-dir:{here / 'enc'}", "uni")
+    for wrong in ("extract.also=['local-dir:enc', {a: b}]", "extract.encoder={local-dir: enc}"):
+        with pytest.raises(UsageError, match="extract"):
+            load_study(path, [wrong])
+
+
 @settings(max_examples=15)
 @given(
     name=st.text(),
@@ -254,6 +272,15 @@ def test_the_fingerprint_is_the_same_in_another_process():
         env={"PYTHONHASHSEED": "7", "PYTHONPATH": ":".join(sys.path)},
     )
     assert output.stdout.strip() == fingerprint(TileSettings())
+
+
+def test_paths_below_a_folder_with_any_character(tmp_path, monkeypatch):
+    """Values are handed on as JSON, which writes a character beyond U+FFFF as two; in YAML these are none."""
+    folder = tmp_path / '\U0001f52c #1 \u00e4: "x"'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    study = load_study(None, ["out=o", "extract.encoder=local-dir:e", r'mil.label="\ud83d\udd2c"'])
+    assert (study.out, study.extract.encoder, study.mil.label) == (folder / "o", f"local-dir:{folder / 'e'}", "\U0001f52c")
 
 
 def test_what_the_command_line_got_wrong_is_not_blamed_on_the_file(study_file):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pathfm import pretraining
-from pathfm.encoder_pin import counted, encoder_fingerprint, trainable
+from pathfm.encoder_pin import counted, encoder_digest, encoder_fingerprint, origin_digests, trainable
 from pathfm.errors import StoreError, UsageError
 from pathfm.models.encoders import check_pinned
 from pathfm.pretraining import (
@@ -114,6 +114,31 @@ def test_without_a_list_the_fingerprint_is_what_it_always_was(bench):
     assert pretrain_fingerprint(run) == old == encoder_fingerprint(stores, {"c": {"site": "x"}}, run.study.pretrain)
 
 
+def test_what_an_encoder_folder_says_counts_where_it_looks_at_tiles(tmp_path):
+    folder, found = tmp_path / "enc", set()
+    folder.mkdir()
+    assert encoder_digest(f"local-dir:{folder}") == encoder_digest("timm:x") == encoder_digest(None) == ""
+    (folder / "card.json").write_text('{"recipe": {"mean": 1}}')
+    for config, weights in (("{}", "w"), ('{"mean": 1}', "w"), ("{}", "v")):
+        (folder / "config.json").write_text(config)
+        (folder / "model.safetensors").write_text(weights)
+        found.add(encoder_digest(f"local-dir:{folder}"))
+    (folder / "card.json").write_text('{"recipe": {"mean": 2}, "note": "x"}')
+    found.add(encoder_digest(f"local-dir:{folder}"))
+    (folder / "card.json").write_text('{"recipe": {"mean": 2}, "note": "y"}')
+    found.add(encoder_digest(f"local-dir:{folder}"))
+    assert len(found) == 4 and "" not in found
+
+    def digests():
+        named = {"preset": "distill", "teacher": f"local-dir:{folder}", "init": f"local-dir:{folder}"}
+        return origin_digests(Study.model_validate({"pretrain": named}).pretrain)
+
+    before = digests()
+    (folder / "config.json").write_text('{"mean": 2}')
+    now = digests()
+    assert before[0] == now[0] == file_digest(folder / "model.safetensors") and before[1] != now[1]
+
+
 def test_a_slide_that_leaves_counts_for_its_encoder_and_not_for_the_next(bench):
     first = bench.pretrain("a", "b", "c")
     assert bench.pretrain("a", "b").encoder == first.encoder
@@ -162,6 +187,16 @@ def test_retraining_makes_the_list_anew_whatever_process_comes_next(bench):
     assert bench.pretrain("a", "b", "c").encoder != first.encoder and bench.trained[1] == ["a", "b", "c"]
     reopen_list(run)
     assert bench.pretrain("a", "b", "c") and len(bench.trained) == 2  # nothing has changed: nothing to do
+
+
+def test_patients_are_not_held_out_for_a_classifier_that_cannot_be_trained(bench):
+    run = bench.run(*"abcdefgh", mil={"folds": 2, "seen_in_pretraining": "exclude"})
+    rows = tuple(replace(row, split="test" if row.slide_id in "ac" else "train") for row in run.cohort.rows)
+    run.cohort = replace(run.cohort, rows=rows)
+    for ask in (pretraining_stores, run_pretraining):
+        with pytest.raises(UsageError, match="every class needs a patient to test and two others"):
+            ask(run)
+    assert not bench.trained and read_pinned(bench.out) is None
 
 
 def test_a_list_from_which_nothing_was_learned_binds_nobody(bench):

@@ -158,6 +158,20 @@ def test_what_is_not_a_carried_folder_is_left_alone(tmp_path):
         offline.check_carried(tmp_path)
 
 
+@pytest.mark.parametrize("named", [".", "the whole path"])
+def test_the_current_folder_and_a_drive_are_refused_before_any_work(tmp_path, monkeypatch, named):
+    """They cannot be replaced by a rename."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(offline, "sbom", None)
+    with pytest.raises(UsageError, match=r"current one, or a drive.*name a folder in it, e\.g\. .*carry"):
+        offline.carry(Path(named) if named == "." else tmp_path, wheels=False)
+    (tmp_path / "drive").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "drive")
+    with pytest.raises(UsageError, match="drive"):
+        offline.carry(tmp_path / "drive", wheels=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "drive"]
+
+
 def install(out, target, **environment):
     command = ["sh", str(out / "install.sh"), str(target)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm import __version__
+from pathfm.batch.inbox import series_files
 from pathfm.errors import SlideError
 from pathfm.geometry import Mpp, Size
 from pathfm.store.interop.dicom_results import DicomResult, ScoreKind, TaskResult, TileMap, write_dicom
@@ -109,13 +110,11 @@ def write_dicom_of(folder: Path, scores: Path, result: Result, slide_id: str, ab
 
 def dicom_sources(path: Path) -> tuple[Path, ...]:
     """The files of the DICOM series that a slide is, by name; () where it is none. A folder holds one series."""
-    from pathfm.slides.openslide_reader import dicom_series
     from pathfm.slides.reader import dicom_files
 
     if path.is_dir():
         return tuple(dicom_files(path))
-    series = dicom_series(path) if path.suffix.lower() == ".dcm" else None
-    return tuple(file for file in dicom_files(path.parent) if dicom_series(file) == series) if series else ()
+    return tuple(series_files(path)) if path.suffix.lower() == ".dcm" else ()
 
 
 def read_scores(table: Path) -> TileScores:

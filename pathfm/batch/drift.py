@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pathfm.batch.results import Outbox, Read
+from pathfm.batch.results import Outbox
 from pathfm.errors import MissingExtraError, StoreError
 from pathfm.log import get_log
 from pathfm.store.feature_file import open_features
@@ -44,22 +45,44 @@ def _valid_features(path: Path | None) -> NDArray[Any]:
     return np.asarray(found.features[found.valid])
 
 
-def write_page(box: Outbox, reference: DriftReference | None, bundle: str, found: Mapping[str, Read]) -> None:
+class Measured(NamedTuple):
+    """What the page shows of a result.
+
+    Attributes:
+        time: of the prediction.
+        name: of the result.
+        scanner: of the slide; empty: not stated.
+        row: all of it, as JSON: of most slides nobody asks for more than the scanner.
+    """
+
+    time: str
+    name: str
+    scanner: str
+    row: str
+
+
+def measured(said: Mapping[str, Any]) -> Measured | None:
+    """What the page shows of a ``result.json``; None where drift was not measured."""
+    if not said["drift"]:
+        return None
+    row = {**{name: said[name] for name in ("slide_id", "time", "decision")}, **said["drift"]}
+    return Measured(said["time"], said["name"], (row.get("facts") or {}).get("scanner") or "", json.dumps(row))
+
+
+def write_page(box: Outbox, reference: DriftReference | None, found: Iterable[Measured]) -> None:
     """Makes the page of all results of a bundle anew."""
     if reference is None:
         return
     from pathfm.mil.drift_cohort import cohort_flags
-    from pathfm.report.drift_page import write_drift_page
+    from pathfm.report.drift_page import DRAWN, write_drift_page
 
-    mine = [read.said for read in found.values() if read.said["bundle"] == bundle and read.said["drift"]]
-    rows = [_row(said) for said in sorted(mine, key=lambda said: (said["time"], said["name"]))]
-    if not rows:
+    slides = sorted(found)
+    if not slides:
         return
+    last = [json.loads(slide.row) for slide in slides[-DRAWN:]]
+    by_scanner = {slide.scanner: {"facts": {"scanner": slide.scanner}} for slide in slides}
+    rows = [*(by_scanner[slide.scanner] for slide in slides[:-DRAWN]), *last]
     try:
-        write_drift_page(box.folder / PAGE, reference.record(), rows, cohort_flags(reference, rows).record())
+        write_drift_page(box.folder / PAGE, reference.record(), rows, cohort_flags(reference, last).record())
     except MissingExtraError as error:
         log.warning("no page of drift: %s", error)
-
-
-def _row(said: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{name: said[name] for name in ("slide_id", "time", "decision")}, **said["drift"]}

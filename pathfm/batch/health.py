@@ -61,7 +61,7 @@ class Health:
         self._process = {"host": here.host, "pid": here.pid, "process": str(here)}
         before = _read(self.folder / FILE)
         self.last_success, self.last_look = (str(before.get(name, "")) for name in ("last_success", "last_look"))
-        self.ignored = tuple(before.get("ignored", ()))
+        self.ignored, self.strange = tuple(before.get("ignored", ())), int(before.get("strange", 0))
 
     def tell(self, state: State, current: Sequence[str] = ()) -> None:
         """Writes the file anew.

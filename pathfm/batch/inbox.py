@@ -7,12 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from pathfm.errors import PathfmError
-from pathfm.slides.discover import COMPANIONS, discover
+from pathfm.slides.discover import COMPANIONS, FoundSlide, discover
 from pathfm.slides.reader import dicom_files
 
 LOOKS = 2
@@ -112,22 +111,30 @@ class Inbox:
         """All slides, the oldest first (of copies that arrive together, it gives the result its name), and all other files."""
         if not self.folder.is_dir():
             raise InboxError("the inbox cannot be read: there is no such folder", fix="check its drive")
-        found, others = discover([self.folder], namesakes=True)
+        dicoms: set[Path] = set()
+
+        def series_of(path: Path) -> str | None:
+            dicoms.add(path)
+            return series_uid(path)
+
+        found, others = discover([self.folder], namesakes=True, series_of=series_of)
+        for gone in _UIDS.keys() - dicoms:
+            del _UIDS[gone]
         if self.outbox is not None:
             ours, places = self.outbox.resolve(), {path.parent for path in (*others, *(slide.path for slide in found))}
             inside = {place for place in places if place.resolve().is_relative_to(ours)}
             found = tuple(slide for slide in found if slide.path.parent not in inside)
             others = tuple(path for path in others if path.parent not in inside)
-        named = Counter(slide.slide_id for slide in found)
-        glances = [self._glance(*slide)._replace(is_namesake=named[slide.slide_id] > 1) for slide in found]
+        named, groups = Counter(slide.slide_id for slide in found), Groups()
+        glances = [self._glance(slide, groups, named[slide.slide_id] > 1) for slide in found]
         ignored = (path for path in others if not (self.sentinel and path.name.endswith(self.sentinel)))
         glances.sort(key=lambda glance: (glance.changed_ns, glance.file))
         return glances, tuple(path.relative_to(self.folder).as_posix() for path in ignored)
 
-    def _glance(self, slide_id: str, path: Path) -> Glance:
+    def _glance(self, slide: FoundSlide, groups: Groups, is_namesake: bool) -> Glance:
         # A DICOM series that fills the inbox is the inbox itself, and is called by its folder.
-        file = path.relative_to(self.folder).as_posix() if path != self.folder else path.name
-        return Glance(slide_id, path, file, stamp_of(path), _changed_ns(path))
+        file = slide.path.relative_to(self.folder).as_posix() if slide.path != self.folder else slide.path.name
+        return Glance(*slide, file, stamp_of(slide.path, groups), _changed_ns(slide.path), is_namesake)
 
     def _is_whole(self, glance: Glance, before: Mapping[str, tuple[str, float, int]]) -> bool:
         if self.sentinel:
@@ -146,8 +153,23 @@ def _changed_ns(path: Path) -> int:
         return 0
 
 
-def slide_files(path: Path) -> dict[str, Path]:
+class Groups(dict[Path, dict[str | None, list[Path]]]):
+    """The DICOM files of folders by their series; each folder is looked at once, however many series ask for theirs."""
+
+    def __missing__(self, folder: Path) -> dict[str | None, list[Path]]:
+        found: dict[str | None, list[Path]] = {}
+        for file in dicom_files(folder):
+            found.setdefault(series_uid(file), []).append(file)
+        self[folder] = found
+        return found
+
+
+def slide_files(path: Path, groups: Groups | None = None) -> dict[str, Path]:
     """All files of a slide, by names that a renamed copy has too.
+
+    Args:
+        path: the slide.
+        groups: what is known of folders with several DICOM series.
 
     Raises:
         OSError: a folder cannot be read.
@@ -161,7 +183,7 @@ def slide_files(path: Path) -> dict[str, Path]:
         parts = [file for file in path.parent.iterdir() if file.suffix.lower() in COMPANIONS[suffix] | {suffix}]
         return {file.name.removeprefix(path.stem): file for file in parts if file.name.startswith(path.stem)}
     if suffix == ".dcm":
-        return _series(path)
+        return {file.name: file for file in series_files(path, groups) or [path]}
     return {suffix: path}
 
 
@@ -170,30 +192,47 @@ def _below(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in files}
 
 
-def _series(path: Path) -> dict[str, Path]:
-    """The files of one DICOM series among others; the file alone where it cannot be opened."""
-    series = _series_uid(path)
-    together = [file for file in dicom_files(path.parent) if _series_uid(file) == series] if series else []
-    return {file.name: file for file in together or [path]}
+def series_files(path: Path, groups: Groups | None = None) -> list[Path]:
+    """The files of one DICOM series among others, by name; none where the file cannot be opened.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    uid = series_uid(path)
+    return (Groups() if groups is None else groups)[path.parent].get(uid, []) if uid else []
 
 
-def _series_uid(path: Path) -> str | None:
-    stat = path.stat()
-    return _series_uid_of(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+_UIDS: dict[Path, tuple[tuple[int, int, int], str]] = {}
+"""Series of DICOM files in inboxes, with size, time of change and inode number of the file when it was opened."""
 
 
-@lru_cache(maxsize=1 << 16)
-def _series_uid_of(path: Path, *_stat: int) -> str | None:
-    """Every series of a folder asks for that of every file in it, at every look."""
+def series_uid(path: Path) -> str | None:
+    """The series of a DICOM file, which is opened once until it changes; None where it cannot be."""
     from pathfm.slides.openslide_reader import dicom_series
 
-    return dicom_series(path)
-
-
-def stamp_of(path: Path) -> str:
-    """Sizes, times and inode numbers of all files of a slide, as one hash; also of one that cannot be read or is gone."""
     try:
-        found = {name: file.stat() for name, file in slide_files(path).items()}
+        stat = path.stat()
+    except OSError:  # gone, or a link to nothing
+        return None
+    now = stat.st_size, stat.st_mtime_ns, stat.st_ino
+    before, known = _UIDS.get(path, (None, ""))
+    if before == now:
+        return known
+    uid = dicom_series(path)
+    if uid:  # what failed once may be read at the next look
+        _UIDS[path] = now, uid
+    return uid
+
+
+def stamp_of(path: Path, groups: Groups | None = None) -> str:
+    """Sizes, times and inode numbers of all files of a slide, as one hash; also of one that cannot be read or is gone.
+
+    Args:
+        path: the slide.
+        groups: what is known of folders with several DICOM series.
+    """
+    try:
+        found = {name: file.stat() for name, file in slide_files(path, groups).items()}
     except OSError as error:
         return f"unreadable ({error.strerror})"
     facts = [f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}" for name, stat in sorted(found.items())]

@@ -158,6 +158,9 @@ class Ledger:
         identity, file = line["identity"], line["file"]
         entry = self.entries.setdefault(identity, Entry(identity, line["slide_id"]))
         if line.get("renamed"):
+            for other in entry.files:  # one that comes back is another copy
+                if self._cache.get(other, ("", ""))[1] == identity:
+                    del self._cache[other]
             entry.slide_id, entry.files, entry.state = line["slide_id"], [], "waiting"
         if file not in entry.files:
             entry.files.append(file)

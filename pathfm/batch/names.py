@@ -21,16 +21,17 @@ def write_inbox_pseudonyms(inbox: Path, key: Path, out: Path) -> int:
         out: CSV to make.
 
     Returns:
-        number of slides.
+        number of names.
 
     Raises:
         UsageError: no slides, no such key, or there is a file already.
     """
-    slides = discover([inbox]).slides
+    # Two of one name have one pseudonym too, and are not worked on until one of them is renamed.
+    slides = {shown(slide.slide_id): slide.path for slide in discover([inbox], namesakes=True).slides}
     if not slides:
         raise UsageError("there are no slides in this folder", where=str(inbox), fix="name the inbox, or a cohort table")
     with TemporaryDirectory() as folder:  # which nobody else can read
         table = Path(folder) / "slides.csv"
         with table.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([("slide_id", "path"), *((shown(slide.slide_id), slide.path) for slide in slides)])
+            csv.writer(stream).writerows([("slide_id", "path"), *slides.items()])
         return write_pseudonyms(table, key, out)

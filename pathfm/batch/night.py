@@ -80,7 +80,8 @@ def batch(
 
 
 def _check_folders(bundle: Path, inbox: Path, outbox: Path) -> None:
-    if not inbox.is_dir():
+    # Where there is a ledger, the folder was right once: its drive is away, and the run waits for it or says so.
+    if not (_is_there(inbox) or (outbox / LEDGER).is_file()):
         raise UsageError("there is no such folder", where=str(inbox), fix="name the folder that slides arrive in")
     places = {"inbox": inbox.resolve(), "outbox": outbox.resolve(), "bundle": bundle.resolve()}
     for one, other in (("outbox", "inbox"), ("inbox", "outbox"), ("outbox", "bundle")):
@@ -90,6 +91,12 @@ def _check_folders(bundle: Path, inbox: Path, outbox: Path) -> None:
     if strange and not (outbox / LEDGER).is_file():
         fix = f"name an empty folder, or bring {LEDGER} back: it tells what was already done"
         raise UsageError(f"no outbox of a night batch, but it has {strange[0]}", where=str(outbox), fix=fix)
+
+
+def _is_there(folder: Path) -> bool:
+    with suppress(OSError):  # whatever a drive says that is away
+        return folder.is_dir()
+    return False
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pathfm import __version__
 from pathfm.batch.ledger import Entry
@@ -126,14 +127,21 @@ class Outbox:
         crash_point("batch.quarantine.told")
         write_json(self.record_of(entry), facts)
 
-    def read_results(self, read: ReadResult | None = None) -> tuple[dict[str, Read], tuple[str, ...]]:
+    @property
+    def names(self) -> list[str]:
+        """Of all results, whole or damaged, in order."""
+        if not self.results.is_dir():
+            return []
+        with os.scandir(self.results) as entries:
+            return sorted(entry.name for entry in entries if entry.name[0] != "." and stamp_of_file(f"{entry.path}/{RESULT}"))
+
+    def read_results(self) -> tuple[dict[str, Read], tuple[str, ...]]:
         """All results by name, and the names of those that a drive has damaged."""
-        read = read or read_result
-        found = {path.parent.name: read(path) for path in sorted(self.results.glob(f"[!.]*/{RESULT}"))}
+        found = {name: read_result(self.results / name / RESULT) for name in self.names}
         damaged = tuple(name for name, each in found.items() if each is None)
         return {name: each for name, each in found.items() if each is not None}, damaged
 
-    def write_index(self, found: Mapping[str, Read]) -> None:
+    def write_index(self, found: Mapping[str, HasRow]) -> None:
         """Makes the table of all results anew."""
         from pathfm.prediction import write_rows
 
@@ -151,13 +159,27 @@ class Read(NamedTuple):
     row: dict[str, str]
 
 
-ReadResult = Callable[[Path], Read | None]
-"""What a ``result.json`` is read with."""
+class HasRow(Protocol):
+    """What the table of all results needs of each."""
+
+    @property
+    def row(self) -> dict[str, str]:
+        """Cells by column."""
+        ...
 
 
-def index_rows(found: Mapping[str, Read]) -> list[dict[str, str]]:
+def index_rows(found: Mapping[str, HasRow]) -> list[dict[str, str]]:
     """The rows of the table of all results, in its order."""
     return [{"result": name, **read.row} for name, read in sorted(found.items())]
+
+
+def stamp_of_file(path: str) -> tuple[int, ...]:
+    """Size, times of change and inode number; nothing where they cannot be asked for."""
+    try:
+        stat = os.stat(path)  # noqa: PTH116 - for so many results, to make a Path takes longer than to look at the file
+    except OSError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def read_result(file: Path) -> Read | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pathfm.batch.health import Health, State, in_words, now, some_of
+from pathfm.batch.ignored import Ignored
 from pathfm.batch.inbox import Glance, Inbox, InboxError, Look, content_identity, is_usual, stamp_of
 from pathfm.batch.ledger import Entry, Ledger
 from pathfm.batch.options import Control
@@ -45,8 +46,6 @@ TROUBLES = tuple(what for what, _ in TROUBLE.values())
 """How the reason of a slide begins that failed by the drive of the outbox."""
 FULL = (TROUBLE[errno.ENOSPC][0], TROUBLE[errno.EDQUOT][0])
 """What a drive says to whatever is written."""
-REMEMBERED = 1000
-"""Files that are no slides, by name: a later run does not tell of them again."""
 NAMESAKE = "two slides in the inbox would have this name: A__B.svs is called like A/B.svs (rename one of them)"
 NO_MPP = " (set `mpp` for it in the cohort table"
 BY_HAND = " (predict it by hand: `pathfm mil predict --bundle BUNDLE TABLE.csv`, a table with slide_id, path and mpp)"
@@ -85,11 +84,10 @@ class Runner:
         self.options, self.stop, self.lease, self.names = control
         self.tables = Tables(box, predictor.drift, predictor.bundle.digest)
         self.health = Health(box.folder, predictor.bundle.digest)
+        self.ignored = Ignored(self.health)
         self.quarantined: list[str] = []
-        self.strange: list[str] = []
         self.waiting = 0
         self._seen = Look((), ())
-        self._ignored = 0
         self._tables_are_old = True
 
     def run(self) -> ExitCode:
@@ -117,7 +115,7 @@ class Runner:
 
     @property
     def _exit_code(self) -> ExitCode:
-        return ExitCode.SOME_FAILED if self.quarantined or self.strange else ExitCode.DONE
+        return ExitCode.SOME_FAILED if self.quarantined or self.ignored.told else ExitCode.DONE
 
     def _end(self, state: State, error: str = "") -> None:
         self.stop.hold()  # who asks twice must not make slides under way look like those that a run died of
@@ -130,8 +128,8 @@ class Runner:
         say(f"{state}: {in_words(self.health.counts)}")
         if self.quarantined:
             say(f"quarantined in this run: {', '.join(self.quarantined)}")
-        if self.strange:
-            say(f"ignored in this run, of no kind that can be read: {some_of(self.strange)}")
+        if self.ignored.told:
+            say(f"ignored in this run, of no kind that can be read: {some_of(self.ignored.told)}")
 
     def _take_back(self) -> None:
         """Takes back the attempts of a round that was broken off; a result that is there stays, and is told of."""
@@ -142,7 +140,7 @@ class Runner:
                 self.ledger.stop(entry)
 
     def _tell(self, state: State, current: Sequence[str] = ()) -> None:
-        counts = {"quarantined": len(self.box.records), "waiting": self.waiting, "ignored": self._ignored}
+        counts = {"quarantined": len(self.box.records), "waiting": self.waiting, "ignored": self.ignored.count}
         self.health.counts = {**self.ledger.counts, **counts}
         self.health.tell(state, current)
 
@@ -199,7 +197,7 @@ class Runner:
         look = self._seen = self.inbox.look()
         self.health.last_look, self.health.last_error = now(), ""
         self.waiting, ready = len(look.unsettled), dict[str, Ready]()
-        self._ignore(look.ignored)
+        self.ignored.note({shown(self._alias(file)): is_usual(file) for file in look.ignored})
         for glance in look.whole:
             entry = self.ledger.known(self._alias(glance.file), glance.stamp)
             if entry is None and sum(not slide.entry.suspect for slide in ready.values()) < self.options.round:
@@ -214,16 +212,6 @@ class Runner:
         if not (ready and self.health.state == "waiting for disk"):
             self._tell("idle")
         return list(ready.values())
-
-    def _ignore(self, files: Sequence[str]) -> None:
-        """Tells, once, of files that may be slides, and are of no kind that can be read."""
-        names = {shown(self._alias(file)): is_usual(file) for file in sorted(files, key=is_usual)}
-        for name in sorted(names.keys() - set(self.health.ignored)):
-            if not names[name]:
-                self.strange.append(name)
-                status(name, "ignored", "of no kind that can be read: convert it, or take it out of the inbox")
-        self._ignored, self.health.strange = len(names), len(names) - sum(names.values())
-        self.health.ignored = tuple(names)[:REMEMBERED]
 
     def _record_copy(self, entry: Entry, glance: Glance) -> None:
         """A copy of what cannot be used has a record of its own: two transfers that failed are empty alike."""
@@ -259,7 +247,7 @@ class Runner:
         if stamp_of(glance.path) != glance.stamp:
             return None
         before = self.ledger.entries.get(identity)
-        renamed = before is not None and before.state in {"waiting", "quarantined"} and not self._is_here(before)
+        renamed = before is not None and self._gives_name(glance, before)
         if before and renamed:
             status(shown(self._alias(glance.slide_id)), "renamed", f"was {shown(before.slide_id)}, which had no result yet")
             self.box.drop_records(before)
@@ -268,12 +256,22 @@ class Runner:
             status(shown(self._alias(glance.slide_id)), "duplicate", f"same content as {shown(entry.slide_id)}")
         return entry
 
-    def _is_here(self, entry: Entry) -> bool:
-        """Whether a file by which a slide is known lies in the inbox."""
-        return any(self._alias(glance.file) in entry.files for glance in (*self._seen.whole, *self._seen.unsettled))
+    def _gives_name(self, glance: Glance, entry: Entry) -> bool:
+        """Whether a slide that is known, and has no result, is called like this file from now on: it was renamed, or only its
+        name is what is wrong with it, and this copy has a better one."""
+        if entry.state not in {"waiting", "quarantined"}:
+            return False
+        misnamed = entry.state == "quarantined" and bool(entry.reason == NAMESAKE or id_problem(entry.slide_id))
+        here = any(self._alias(each.file) in entry.files for each in (*self._seen.whole, *self._seen.unsettled))
+        return not here or (misnamed and not self._name_problem(glance))
+
+    def _name_problem(self, glance: Glance) -> str:
+        return NAMESAKE if glance.is_namesake else id_problem(self._alias(glance.slide_id))
 
     def _is_usable(self, entry: Entry, glance: Glance) -> bool:
-        problem = NAMESAKE if glance.is_namesake else id_problem(entry.slide_id)
+        # A copy has another name than the slide, and may have what name it likes.
+        is_named_so = self._alias(glance.slide_id) == entry.slide_id
+        problem = self._name_problem(glance) if is_named_so else id_problem(entry.slide_id)
         if entry.crashes >= CRASHES:
             problem = f"the run was killed {entry.crashes} times while it worked on this slide alone"
         if problem:
@@ -299,7 +297,10 @@ class Runner:
         """One round."""
         self._check_room()
         self.lease.check()
-        with RunManifest(self.box.folder, STAGE, self.predictor.study) as manifest, ExitStack() as stack:
+        with (
+            RunManifest(self.box.folder, STAGE, self.predictor.study, {self.box.results.name}) as manifest,
+            ExitStack() as stack,
+        ):
             with disk_errors(self.box.index):
                 stack.enter_context(self.box.work())
             manifest.models({"bundle": self.predictor.bundle.digest})

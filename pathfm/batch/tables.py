@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from pathfm.batch.drift import write_page
-from pathfm.batch.results import PREDICTIONS, Outbox, Read, read_result
+from pathfm.batch.drift import Measured, measured, write_page
+from pathfm.batch.results import PREDICTIONS, RESULT, Outbox, read_result, stamp_of_file
 
 if TYPE_CHECKING:
     from pathfm.mil.drift import DriftReference
 
-Stamp = tuple[tuple[int, int, int], ...]
+Stamp = tuple[int, ...]
+
+
+class Shown(NamedTuple):
+    """What is kept of a result: no more than the table and the page need, for there are many.
+
+    Attributes:
+        stamp: changes when one of its files is touched.
+        columns: of its row; one object for all rows that have the same.
+        cells: of its row.
+        drift: for the page; None where the page does not show it.
+    """
+
+    stamp: Stamp
+    columns: tuple[str, ...]
+    cells: tuple[str, ...]
+    drift: Measured | None
+
+    @property
+    def row(self) -> dict[str, str]:
+        """Cells by column."""
+        return dict(zip(self.columns, self.cells, strict=True))
 
 
 @dataclass
@@ -29,7 +50,8 @@ class Tables:
     box: Outbox
     drift: DriftReference | None
     bundle: str
-    _known: dict[Path, tuple[Stamp, Read]] = field(default_factory=dict)
+    _known: dict[str, Shown] = field(default_factory=dict)
+    _columns: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
 
     def write(self, done: Collection[str]) -> tuple[str, ...]:
         """Writes both.
@@ -40,22 +62,25 @@ class Tables:
         Returns:
             names of those that cannot be read, or are gone.
         """
-        found, damaged = self.box.read_results(self._read)
-        self._known = {path: known for path, known in self._known.items() if path.parent.name in found}
-        self.box.write_index(found)
-        write_page(self.box, self.drift, self.bundle, found)
+        names, place = self.box.names, f"{self.box.results}{os.sep}"
+        self._known = {name: shown for name in names if (shown := self._shown(place, name))}
+        self.box.write_index(self._known)
+        write_page(self.box, self.drift, [shown.drift for shown in self._known.values() if shown.drift])
         # A folder that was moved away cannot be read either.
-        return tuple(sorted({*damaged, *(name for name in done if name not in found)}))
+        return tuple(sorted({*names, *done} - self._known.keys()))
 
-    def _read(self, file: Path) -> Read | None:
-        try:
-            stats = [path.stat() for path in (file, file.with_name(PREDICTIONS))]
-        except OSError:
+    def _shown(self, place: str, name: str) -> Shown | None:
+        said, row = stamp_of_file(f"{place}{name}{os.sep}{RESULT}"), stamp_of_file(f"{place}{name}{os.sep}{PREDICTIONS}")
+        if not (said and row):
             return None
-        stamp = tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats)
-        before, known = self._known.get(file, ((), None))
-        if known and before == stamp:
+        stamp = said + row
+        known = self._known.get(name)
+        if known and known.stamp == stamp:
             return known
-        if found := read_result(file):
-            self._known[file] = stamp, found
-        return found
+        found = read_result(self.box.results / name / RESULT)
+        if found is None:
+            return None
+        columns = tuple(found.row)
+        has_page = self.drift is not None and found.said["bundle"] == self.bundle
+        drift = measured(found.said) if has_page else None
+        return Shown(stamp, self._columns.setdefault(columns, columns), tuple(found.row.values()), drift)

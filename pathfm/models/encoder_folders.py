@@ -15,12 +15,14 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from pathfm.config import fingerprint
 from pathfm.errors import StoreError, UsageError
 from pathfm.models.checkpoints import CARD, CONFIG, WEIGHTS, load_encoder_folder, read_card
 from pathfm.models.encoder_card import EncoderCard
 from pathfm.models.foreign import ForeignNetwork, StageFeatures, transformers_network
 from pathfm.models.timm_networks import created, timm_card
 from pathfm.store.commit import commit_dir, read_json
+from pathfm.store.manifest import file_digest
 
 RECIPE = "recipe"
 """Key of ``card.json`` under which a fetched folder keeps its encoder's card."""
@@ -56,6 +58,18 @@ def load_folder(path: str, input_px: int | None) -> tuple[nn.Module, EncoderCard
         )
     card = as_configured(card, config)
     return (model if card.stage is None else StageFeatures(model, card.stage)), card
+
+
+def folder_digest(folder: Path) -> str:
+    """Of all that ``load_folder`` makes an encoder of: weights, configuration and recipe; empty where no encoder is.
+
+    Raises:
+        StoreError: the card is damaged.
+    """
+    files = (folder / WEIGHTS, folder / CONFIG)
+    if not all(file.is_file() for file in files):
+        return ""
+    return fingerprint([file_digest(file) for file in files], (read_card(folder) or {}).get(RECIPE))
 
 
 def as_configured(card: EncoderCard, config: Mapping[str, Any]) -> EncoderCard:

@@ -73,13 +73,16 @@ class SlideCache:
             fix = "choose another local folder for compute.cache_dir"
             raise UsageError(f"the cache folder cannot be written: {error.strerror}", where=str(folder), fix=fix) from error
 
-    def ahead(self, tasks: Iterable[Task], path_of: Callable[[Task], Path]) -> Iterator[tuple[Task, Path]]:
+    def ahead(
+        self, tasks: Iterable[Task], path_of: Callable[[Task], Path], name_of: Callable[[Task], str] | None = None
+    ) -> Iterator[tuple[Task, Path]]:
         """Yield every task, in order, and the path to read its slide from: a copy, or its own path. To be called once.
 
         Tasks are drawn in a thread, some before they are asked for; what drawing them raises is raised here. Each yielded path
-        must be handed to ``done`` when its slide is done with.
+        must be handed to ``done`` when its slide is done with. The log calls slides by ``name_of``, else by their path.
         """
-        self._thread = threading.Thread(target=self._fill, args=(tasks, path_of), daemon=True)
+        name_of = name_of or (lambda task: public_name(path_of(task)))
+        self._thread = threading.Thread(target=self._fill, args=(tasks, path_of, name_of), daemon=True)
         self._thread.start()
         while True:
             with self._changed:
@@ -117,10 +120,10 @@ class SlideCache:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _fill(self, tasks: Iterable[Task], path_of: Callable[[Task], Path]) -> None:
+    def _fill(self, tasks: Iterable[Task], path_of: Callable[[Task], Path], name_of: Callable[[Task], str]) -> None:
         try:
             for task in self._in_time(tasks):
-                path = self._bring(path_of(task))
+                path = self._bring(path_of(task), name_of(task))
                 with self._changed:
                     self._ready.append((task, path))
                     self._changed.notify_all()
@@ -144,18 +147,18 @@ class SlideCache:
                 return
             yield task
 
-    def _bring(self, path: Path) -> Path:
+    def _bring(self, path: Path, name: str) -> Path:
         """The path of a copy, or the slide's own."""
-        name = public_name(path)
         try:
             files = _files(path)
             size = sum(file.size for file in files)
             if not files or size > self._bound:
                 log.warning("%s: read where it is: %s", name, "larger than compute.cache_gb" if files else "of many files")
                 return path
-            return self._copy(files, Path(name).name, size) or path
+            return self._copy(files, Path(public_name(path)).name, size) or path
         except (OSError, PathfmError) as error:
-            log.warning("%s: read where it is: %s", name, error)
+            why = error.reason if isinstance(error, PathfmError) else error.strerror or error
+            log.warning("%s: read where it is: %s", name, why)
             return path
 
     def _reserve(self, size: int) -> bool:

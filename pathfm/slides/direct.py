@@ -153,7 +153,7 @@ def read_directly(reference: SlideReader, path: Path) -> SlideReader:
     for level in range(len(stored)):
         difference = _difference(direct, reference, level) if stored[level] is not None else ""
         if difference:
-            _log_fallback(reference, source, difference)
+            _log_fallback(reference, difference)
             source.close()
             return reference
     return direct
@@ -167,12 +167,14 @@ def _stored(reference: SlideReader, source: ByteSource) -> list[StoredLevel | No
         with source.open_file() as file, tifffile.TiffFile(file, name=source.name) as tiff:
             return stored_levels(matching_pages(tiff, [level.size for level in reference.metadata.levels]), source)
     except TIFF_ERRORS as error:
-        _log_fallback(reference, source, f"its directories cannot be parsed ({type(error).__name__})")
+        _log_fallback(reference, f"its directories cannot be parsed ({type(error).__name__})")
         return []
 
 
-def _log_fallback(reference: SlideReader, source: ByteSource, why: str) -> None:
-    log.warning("%s: read by %s, not directly: %s", Path(source.name).name, reference.name, why)
+def _log_fallback(reference: SlideReader, why: str) -> None:
+    """Without the file's name, which may be a patient's: the store of the slide says how it was read."""
+    width, height = reference.metadata.size_level0
+    log.warning("a slide of %d x %d px is read by %s, not directly: %s", width, height, reference.name, why)
 
 
 def _difference(direct: DirectReader, reference: SlideReader, level: int) -> str:

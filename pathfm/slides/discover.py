@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ SLIDE_SUFFIXES = frozenset(
 """A file with one of these is a slide, also when it is damaged: it then fails by name, and is not silently left out."""
 COMPANIONS = {".vms": {".jpg", ".opt"}, ".vmu": {".ngr", ".jpg"}}
 """Files beside a Hamamatsu key file that are parts of its slide."""
+
+SeriesOf = Callable[[Path], str | None]
+"""The series of a DICOM file; None where it cannot be opened."""
 
 
 class FoundSlide(NamedTuple):
@@ -42,7 +45,12 @@ class _Candidate(NamedTuple):
     """Folder that the id is relative to."""
 
 
-def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False, namesakes: bool = False) -> Discovered:
+def discover(
+    sources: Sequence[Path | str],
+    folder_of_tiles: bool = False,
+    namesakes: bool = False,
+    series_of: SeriesOf | None = None,
+) -> Discovered:
     """Find the slides of folders (searched recursively), globs and files.
 
     A ``slide_id`` is the path relative to the searched folder without its suffix, ``/`` written as ``__``; slides that differ
@@ -54,6 +62,7 @@ def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False, names
         sources: folders, globs or files.
         folder_of_tiles: every folder that directly holds pictures is one slide.
         namesakes: slides may have one id.
+        series_of: says to which series a DICOM file belongs, for those who look often; None: each file is opened.
 
     Raises:
         UsageError: a source does not exist or matches nothing, or two slides get one id and must not.
@@ -66,7 +75,7 @@ def discover(sources: Sequence[Path | str], folder_of_tiles: bool = False, names
             continue
         for path, base in _expand(Path(source)):
             if path.is_dir():
-                found = _tile_folders(path, ()) if folder_of_tiles else _search(path, (), ignored)
+                found = _tile_folders(path, ()) if folder_of_tiles else _search(path, (), ignored, series_of)
                 candidates += [_Candidate(each, path if base is None else base) for each in found]
             else:
                 candidates.append(_Candidate(path, base or path.parent))
@@ -112,12 +121,12 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _search(folder: Path, above: Sequence[Path], ignored: list[Path]) -> Iterator[Path]:
+def _search(folder: Path, above: Sequence[Path], ignored: list[Path], series_of: SeriesOf | None) -> Iterator[Path]:
     """Slides in a folder and below it; ``above``: the real places of the folders that led here."""
     entries, way = _visible(folder), [*above, folder.resolve()]
     # A link to nothing is listed too: it fails by its name.
     files = [path for path in entries if path.is_file() or not path.exists()]
-    series = _dicom_slides(folder, files, alone=len(files) == len(entries))
+    series = _dicom_slides(folder, files, len(files) == len(entries), series_of)
     suffixes = {path.suffix.lower() for path in files}
     companions: set[str] = set().union(*(COMPANIONS.get(suffix, set()) for suffix in suffixes))
     yield from series
@@ -133,10 +142,10 @@ def _search(folder: Path, above: Sequence[Path], ignored: list[Path]) -> Iterato
     for path in _folders(entries, way):
         # A MIRAX slide keeps its data in a folder of its own name.
         if path.name not in mirax:
-            yield from _search(path, way, ignored)
+            yield from _search(path, way, ignored, series_of)
 
 
-def _dicom_slides(folder: Path, files: Sequence[Path], alone: bool) -> list[Path]:
+def _dicom_slides(folder: Path, files: Sequence[Path], alone: bool, series_of: SeriesOf | None) -> list[Path]:
     """One path per DICOM series: the folder when it holds nothing else, otherwise the series' first file."""
     dicoms = dicom_files(folder)
     if not dicoms:
@@ -146,7 +155,7 @@ def _dicom_slides(folder: Path, files: Sequence[Path], alone: bool) -> list[Path
     firsts: dict[str, Path] = {}
     for path in dicoms:
         # A file that cannot be opened is a slide of its own, and fails by its own name.
-        firsts.setdefault(dicom_series(path) or f"file {path.name}", path)
+        firsts.setdefault((series_of or dicom_series)(path) or f"file {path.name}", path)
     opened = all(not series.startswith("file ") for series in firsts)
     if opened and len(firsts) == 1 and alone and len(files) == len(dicoms):
         return [folder]

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from pathfm import jpeg
 from pathfm.errors import UnreadableSlideError
 from pathfm.geometry import Mpp, Size
-from pathfm.slides.reader import Level, Pixels, Region, SlideMetadata, SlideReader, checked_mpp, on_white, unreadable
+from pathfm.slides.reader import QUOTED, Level, Pixels, Region, SlideMetadata, SlideReader, checked_mpp, on_white, unreadable
 
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, MemoryError, struct.error, zlib.error)
 """What Pillow raises on damaged files (SyntaxError for a broken PNG)."""
@@ -87,7 +87,8 @@ def open_image(path: Path) -> ArrayReader | None:
         except Image.DecompressionBombError as error:
             raise _too_large(path) from error
         except PILLOW_ERRORS as error:
-            raise unreadable(f"the picture cannot be decoded: {str(error)[:120] or type(error).__name__}", path) from error
+            why = QUOTED.sub("...", str(error))[:120] or type(error).__name__
+            raise unreadable(f"the picture cannot be decoded: {why}", path) from error
     return ArrayReader(rgb, facts=facts, profile=profile)
 
 

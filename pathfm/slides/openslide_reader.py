@@ -19,6 +19,8 @@ from pathfm.slides.tiff_reader import openslide_misreads
 
 OPENSLIDE_ERRORS = (openslide.OpenSlideError, OSError, ValueError, ctypes.ArgumentError)
 """ValueError and ArgumentError come from its bindings: names and sizes the C interface cannot take."""
+PRIVATE = re.compile(r' \([^)]*\)| ?["“][^"”]*["”]| ?(?<![\w.])(?!1\.2\.840\.10008\.)\d+(?:\.\d+){3,}')
+"""What messages quote of a file, and UIDs but for those of the DICOM standard itself."""
 
 
 class OpenSlideReader(SlideReader):
@@ -52,7 +54,7 @@ class OpenSlideReader(SlideReader):
         """This thread's handle. One that failed answers every later call with the same error, so each failure costs it."""
         slide = getattr(self._own, "slide", None)
         if slide is None:
-            slide = self._own.slide = openslide.OpenSlide(self._path)
+            slide = self._own.slide = openslide.OpenSlide(self._path.absolute())
             self._handles.append(slide)
         return slide
 
@@ -112,7 +114,7 @@ def dicom_series(path: Path) -> str | None:
 
 def _vendor(path: Path) -> str | None:
     try:
-        vendor: str | None = openslide.OpenSlide.detect_format(path)
+        vendor: str | None = openslide.OpenSlide.detect_format(path.absolute())
     except OPENSLIDE_ERRORS as error:
         raise unreadable(f"cannot be opened: {_reason(error, path)}", path) from error
     return vendor
@@ -138,8 +140,13 @@ def _metadata(slide: openslide.OpenSlide) -> SlideMetadata:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """OpenSlide's own words in one line, without folders (it may speak of another file of a series), and without what it quotes
-    in brackets, which may be identifiers."""
-    words = str(error).replace(f"Reading {path}: ", "").replace(f": {path}", "").replace(f"{path.parent}{os.sep}", "")
-    printable = "".join(letter if letter.isprintable() else " " for letter in re.sub(r" \([^)]*\)", "", words))
-    return " ".join(printable.split())
+    """OpenSlide's own words in one line, without what may tell who somebody is: names of files (a slide may have several; their
+    suffix stays), what is quoted or in brackets, and identifiers."""
+    whole = path.absolute()
+    folder, stem = (os.fsencode(part).decode(errors="replace") for part in (whole.parent, whole.stem))
+    words = str(error).replace(f"Reading {whole}: ", "").replace(f": {whole}", "")
+    # First the name that is known: it may hold what else ends a name.
+    words = words.replace(f"{folder}{os.sep}{stem}", f"{folder}{os.sep}")
+    names = rf"(?<!\w){re.escape(folder)}[/\\].*?(\.\w{{2,4}})?(?=[\"'”]|: |$)"
+    words = re.sub(names, lambda name: f"a {name[1] or ''} file", words, flags=re.DOTALL)
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in PRIVATE.sub("", words)).split())

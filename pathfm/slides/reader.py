@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import itertools
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ THUMBNAIL_READ_PX = 1024
 NO_KIND = "not a slide or image of a known kind"
 THUMBNAIL_BLOCKS = 8
 """Regions along each side at least: what cannot be decoded in one place must not cost a small slide its thumbnail."""
+QUOTED = re.compile(r"(['\"])(?!imagecodecs).*?\1")
+"""What foreign messages quote of a file, or of its name."""
 TILE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import struct
 import threading
 import zlib
@@ -22,7 +21,7 @@ import tifffile
 
 from pathfm import jpeg
 from pathfm.geometry import Box, Size, level_downsample
-from pathfm.slides.reader import Level, Pixels, Region, SlideMetadata, SlideReader, on_white, unreadable
+from pathfm.slides.reader import QUOTED, Level, Pixels, Region, SlideMetadata, SlideReader, on_white, unreadable
 from pathfm.slides.scale import find_scale
 from pathfm.slides.source import ByteSource, open_source
 
@@ -48,8 +47,6 @@ TIFF_ERRORS = (
 """What tifffile and the codecs under it raise on damaged files."""
 SILENT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, MemoryError, struct.error)
 """Those of them that come from values that no directory can have."""
-QUOTED = re.compile(r"(['\"])(?!imagecodecs).*?\1")
-"""What foreign messages quote of a file."""
 
 CACHE_BYTES = 128 * 2**20
 """Decoded strips and tiles kept, so that neighbouring regions do not decode them again [bytes]."""

@@ -23,7 +23,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from pathfm.errors import StoreError
 from pathfm.faults import crash_point
-from pathfm.store.commit import commit_dir, disk_errors, read_json, recover
+from pathfm.store.attributes import ZARR_ERRORS, DenseAttributes, Kind, read_attributes
+from pathfm.store.commit import commit_dir, disk_errors, recover
 from pathfm.store.shards import ABSENT, CRC_BYTES, ShardReader
 
 FORMAT = "pathfm-dense-features"
@@ -31,6 +32,15 @@ VERSION = 1
 SHARD_BYTES = 2**29
 """About how large a shard file becomes; at least one tile."""
 AGAIN = "delete it and run `pathfm extract` again"
+KIND = Kind(
+    FORMAT,
+    VERSION,
+    "no dense features",
+    "run `pathfm extract` with extract.dense first",
+    "not a store of pathfm's dense features",
+    AGAIN,
+    DenseAttributes,
+)
 
 FEATURES = "features"
 """Name of the array."""
@@ -266,7 +276,7 @@ class DenseStore:
         try:
             array = zarr.open_group(self.path, mode="r")[name]
             return np.asarray(array[...]) if isinstance(array, zarr.Array) else np.empty(0)
-        except (KeyError, OSError, ValueError, RuntimeError) as error:
+        except ZARR_ERRORS as error:
             raise StoreError(f"array {name} is damaged or absent", where=str(self.path), fix=AGAIN) from error
 
     def close(self) -> None:
@@ -282,21 +292,10 @@ def open_dense(path: Path | str) -> DenseStore:
     """
     path = Path(path)
     recover(path)
+    store = DenseStore(path, read_attributes(path, KIND))
     try:
-        attrs = read_json(path / "zarr.json").get("attributes", {}).get("pathfm")
-    except StoreError as error:
-        fix = "run `pathfm extract` with extract.dense first"
-        raise StoreError("no dense features", where=str(path), fix=fix) from error
-    if not attrs or attrs.get("format") != FORMAT:
-        raise StoreError("not a store of pathfm's dense features", where=str(path))
-    if int(attrs["version"]) > VERSION:
-        raise StoreError(
-            f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm"
-        )
-    store = DenseStore(path, attrs)
-    try:
-        for first in range(0, len(store), attrs["shard_tiles"]):
-            store._shards._shard(first // attrs["shard_tiles"])
+        for shard in range(-(-len(store) // store.attrs["shard_tiles"])):
+            store._shards._shard(shard)
     except StoreError as error:
         raise StoreError(error.what, where=str(path), fix=AGAIN) from error
     return store

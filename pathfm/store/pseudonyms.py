@@ -68,13 +68,15 @@ def write_pseudonyms(table: Path, key: Path, out: Path) -> int:
         number of rows.
 
     Raises:
-        UsageError: no such table or key, or there is a file already.
+        UsageError: no such table or key, no rows, or there is a file already.
     """
     pseudonyms, cohort = Pseudonyms(key), read_table(table)
     if "path" not in cohort.names:
         cohort = translated(cohort)
     if "slide_id" not in cohort.names:
         raise UsageError("there is no column 'slide_id'", where=str(table), fix=f"columns: {', '.join(cohort.names)}")
+    if not cohort.rows:
+        raise UsageError("the table has no rows", where=str(table))
     short = [f"line {line}" for line, values in cohort.rows if len(values) != len(cohort.names)]
     if short:
         raise UsageError(f"other numbers of fields than columns: {bullet_list(short)}", where=str(table))

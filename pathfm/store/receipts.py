@@ -54,6 +54,11 @@ class SlideReceipt:
     fingerprint: str = ""
     artifacts: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def content(self) -> str:
+        """One digest over its artifacts."""
+        return fingerprint(dict(self.artifacts))
+
 
 @dataclass(frozen=True)
 class Receipt:

@@ -22,11 +22,14 @@ from pathfm import jpeg
 from pathfm.errors import StoreError
 from pathfm.geometry import Box, Size
 from pathfm.store import zarr_jpeg
+from pathfm.store.attributes import ZARR_ERRORS, Kind, TileAttributes, read_attributes
 from pathfm.store.commit import commit_dir, read_json, recover
 from pathfm.store.shards import CRC_BYTES, ShardReader, write_shard
 
 FORMAT = "pathfm-tile-store"
 VERSION = 2
+AGAIN = "delete the store and tile again"
+KIND = Kind(FORMAT, VERSION, "no tile store", "run `pathfm tile` first", "not a pathfm tile store", AGAIN, TileAttributes)
 ZSTD_LEVEL = 3
 Pixels = npt.NDArray[np.uint8]
 
@@ -227,7 +230,7 @@ class TileStore:
         try:
             return self._codec.decode(self.encoded(index), self.tile_px)
         except (ValueError, RuntimeError) as error:
-            raise StoreError(f"tile {index} is damaged", where=str(self.path), fix="delete the store and tile again") from error
+            raise StoreError(f"tile {index} is damaged", where=str(self.path), fix=AGAIN) from error
 
     def encoded(self, index: int) -> bytes:
         """Tile ``index`` as it is stored: a JPEG image, or zstd data.
@@ -292,9 +295,8 @@ class TileStore:
         try:
             array = self._group[name]
             return np.asarray(array[...]) if isinstance(array, zarr.Array) else np.empty(0)
-        except (KeyError, OSError, ValueError, RuntimeError) as error:
-            fix = "delete the store and tile again"
-            raise StoreError(f"array {name} is damaged or absent", where=str(self.path), fix=fix) from error
+        except ZARR_ERRORS as error:
+            raise StoreError(f"array {name} is damaged or absent", where=str(self.path), fix=AGAIN) from error
 
     @cached_property
     def xy_level0(self) -> npt.NDArray[np.int64]:
@@ -344,16 +346,7 @@ def open_tiles(path: Path | str, mpp: float | None = None) -> TileStore:
     """
     path = Path(path)
     recover(path)
-    try:
-        attrs = read_json(path / "zarr.json").get("attributes", {}).get("pathfm")
-    except StoreError as error:
-        raise StoreError("no tile store", where=str(path), fix="run `pathfm tile` first") from error
-    if not attrs or attrs.get("format") != FORMAT:
-        raise StoreError("not a pathfm tile store", where=str(path))
-    if int(attrs["version"]) > VERSION:
-        raise StoreError(
-            f"written by a newer pathfm (format version {attrs['version']})", where=str(path), fix="upgrade pathfm"
-        )
+    attrs = read_attributes(path, KIND)
     scales = list(attrs.get("scales", ()))
     if mpp is None or scales[:1] == [mpp]:
         return TileStore(path, attrs)

@@ -98,7 +98,8 @@ class Batch:
         threads = max(1, (self._compute.threads or usable_cores()) // workers)
         ready = self._leased([replace(task, threads=threads) for task in tasks])
         if cache is not None:
-            ready = (replace(task, local=local) for task, local in cache.ahead(ready, lambda task: task.row.path))
+            copied = cache.ahead(ready, lambda task: task.row.path, lambda task: task.row.slide_id)
+            ready = (replace(task, local=local) for task, local in copied)
         results = map_isolated(_work, ready, workers, self._compute.slide_timeout_s or None)
         for task, result in track(results, STAGE, len(tasks)):
             if cache is not None:

@@ -18,7 +18,8 @@
 study=${1:?name a study file}
 
 # A task that ends late, because it was still saving, must not turn 75 into "killed"; one that hangs is ended.
-srun --kill-on-bad-exit=0 --wait=120 pathfm pretrain "$study"
+# srun must be told the cores of a task: since SLURM 22.05 it does not take them from the job, and gives each task one.
+srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=120 pathfm pretrain "$study"
 code=$?
 
 # 75: the state is saved and there is more to do. 138: USR1 came before there was anything to save. SLURM itself requeues on no

@@ -9,12 +9,14 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ from pathfm.mil.tasks import make_tasks
 from pathfm.mil.trust import fit_trust
 from pathfm.prediction import _place_of_bundle, mil_predict
 from pathfm.running import run_study
-from pathfm.slides.synthetic import SyntheticSpec, write_cohort, write_slide
+from pathfm.slides.synthetic import SyntheticSpec, draw_slide, write_cohort, write_slide
 from pathfm.store.commit import content_digest, write_json
 from pathfm.store.manifest import CARD, DIGEST, MANIFEST, write_manifest
 from pathfm.store.tile_store import open_tiles
@@ -252,6 +254,30 @@ def test_slides_of_another_resolution_fail_by_name(places, tmp_path):
     assert predicted(places, tmp_path / "out", table) == ExitCode.SOME_FAILED
     (row,) = rows_of(tmp_path / "out" / "predictions.csv")
     assert row["outcome"] == "failed" and "mpp" in row["reason"]
+
+
+@pytest.mark.long
+def test_a_slide_without_mpp_fails_until_somebody_says_it(places, tmp_path):
+    """Also with a bundle of before, which holds what was assumed of the training's own files."""
+    shutil.copytree(places / "bundle", tmp_path / "bundle")
+    file = tmp_path / "bundle" / "bundle.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "tile": {**facts["tile"], "assume_mpp": 0.5}}))
+    picture, _ = draw_slide(SyntheticSpec(size_px=Size(512, 512), seed=900))
+    cv2.imwrite(str(tmp_path / "plain.png"), picture[..., ::-1])
+    (tmp_path / "table.csv").write_text(f"slide_id,path,mpp\nplain,{tmp_path / 'plain.png'},0.5\n")
+
+    def row(name, source, *overrides):
+        mil_predict([str(tmp_path / source)], tmp_path / name, tmp_path / "bundle", [*FAST, *overrides])
+        return rows_of(tmp_path / name / "predictions.csv")[0]
+
+    failed = row("nobody", "plain.png")
+    assert (failed["outcome"], failed["n_tiles"]) == ("failed", "") and failed["reason"].startswith("no mpp in the file")
+    advised = re.search(r"--set (tile\.assume_mpp=)MPP", failed["reason"])[1]
+    assumed, given = row("assumed", "plain.png", f"{advised}0.5"), row("given", "table.csv")
+    assert (assumed["outcome"], assumed["mpp"], assumed["qc"]) == ("predicted", "0.5", "mpp assumed")
+    assert (given["outcome"], given["mpp"], given["qc"]) == ("predicted", "0.5", "")
+    assert assumed["probability_lesion"] == given["probability_lesion"]
 
 
 def test_labels_the_bundle_does_not_know_are_refused(places, tmp_path):

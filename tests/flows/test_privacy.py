@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import tifffile
 import zarr
 from PIL import Image, PngImagePlugin
 
+from pathfm.errors import UnreadableSlideError
 from pathfm.geometry import Size
+from pathfm.slides import openslide_reader
 from pathfm.slides.reader import open_slide, slide_identity
 from pathfm.slides.source import LocalSource
 from pathfm.slides.synthetic import SyntheticSpec, draw_slide
@@ -249,6 +252,72 @@ def test_reasons_of_damaged_files_quote_nobody(tissue, tmp_path):
     assert code == 3
     assert "Traceback" not in err
     check_output(tmp_path / "out", out + err)
+
+
+INCOMPLETE = {
+    "DOE JANE.mrxs": b"\xff\xd8\xff\xe0",
+    "DOE JANE/Slidedat.ini": (
+        b"[GENERAL]\nSLIDE_VERSION = 01.02\nSLIDE_ID = AABB\nIMAGENUMBER_X = 4\nIMAGENUMBER_Y = 4\n"
+        b"OBJECTIVE_MAGNIFICATION = 20\n[HIERARCHICAL]\nHIER_COUNT = 1\nNONHIER_COUNT = 0\nINDEXFILE = Index.dat\n"
+        b"HIER_0_NAME = Slide zoom level\nHIER_0_COUNT = 1\nHIER_0_VAL_0_SECTION = S\nHIER_0_VAL_0 = ZoomLevel_0\n"
+        b"[S]\nIMAGE_CONCAT_FACTOR = 0\nOVERLAP_X = 0\nOVERLAP_Y = 0\nMICROMETER_PER_PIXEL_X = 0.25\n"
+        b"MICROMETER_PER_PIXEL_Y = 0.25\nIMAGE_FILL_COLOR_BGR = 0\nDIGITIZER_WIDTH = 256\nDIGITIZER_HEIGHT = 256\n"
+        b"IMAGE_FORMAT = JPEG\n[DATAFILE]\nFILE_COUNT = 1\nFILE_0 = Data0000.dat\n"
+    ),
+    "DOE: (JANE) 2.mrxs": b"\xff\xd8\xff\xe0",
+    "DOE: (JANE) 2/Slidedat.ini": b"[GENERAL]\nDOE JANE\n",
+    "of another name.vms": (
+        b"[Virtual Microscope Specimen]\nNoLayers=1\nNoJpegColumns=1\nNoJpegRows=1\n"
+        b"ImageFile=DOE JANE.jpg\nMapFile=DOE JANE_map.jpg\n"
+    ),
+}
+"""Files of slides whose other files are not there: OpenSlide says which."""
+REASONS = {
+    "DOE JANE.mrxs": "Couldn't open a .dat file: No such file or directory",
+    "DOE: (JANE) 2.mrxs": "Can't load Slidedat.ini file: Key file contains line which is not a key-value pair",
+    "of another name.vms": "Couldn't open a .jpg file: No such file or directory",
+}
+
+
+@pytest.fixture
+def incomplete(tmp_path):
+    for name, data in INCOMPLETE.items():
+        (tmp_path / "slides" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "slides" / name).write_bytes(data)
+    return tmp_path / "slides"
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_of_incomplete_slides_name_no_file(incomplete, monkeypatch, name):
+    monkeypatch.chdir(incomplete)
+    for path in (incomplete / name, Path(name), incomplete / ".." / "slides" / name):
+        with pytest.raises(UnreadableSlideError) as failed:
+            open_slide(path)
+        assert failed.value.what.removesuffix(", group, or comment") == f"cannot be opened: {REASONS[name]}"
+
+
+def test_openslide_is_not_quoted():
+    """What it may say of other kinds, as its source has it; UIDs lead to the study of a patient."""
+    words = (
+        "opening /d/DOE: JANE.dcm: SOP instance UID 1.2.34.5.6 matches /d/DOE JANE 2.dcm: Value “DOE” of syntax "
+        '1.2.840.10008.1.2.4.80 != 3.2 (DOE JANE) at "DOE\nJANE" of /d/DOE JANE'
+    )
+    said = "opening a .dcm file: SOP instance UID matches a .dcm file: Value of syntax 1.2.840.10008.1.2.4.80 != 3.2 at of"
+    assert openslide_reader._reason(ValueError(words), Path("/d/DOE: JANE.dcm")) == f"{said} a file"
+
+
+@pytest.mark.long
+def test_pseudonyms_stand_for_names_of_files_in_reasons_and_in_the_log(aperio, incomplete, tmp_path):
+    shutil.copyfile(aperio, incomplete / "DOE JANE.svs")
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    (tmp_path / "key").chmod(0o600)
+    hidden = [f"--set=cohort.pseudonym_key={tmp_path / 'key'}", "--set=compute.cache_gb=1e-6"]
+    cache = f"--cache-dir={tmp_path / 'cache'}"
+    code, out, err = run("--verbose", "tile", incomplete, "--out", tmp_path / "out", "--mpp=1", *hidden, cache)
+    assert code == 3
+    assert all(reason in err for reason in REASONS.values()), err
+    assert "read where it is: larger than compute.cache_gb" in err
+    check_output(tmp_path / "out", (out + err).replace(str(tmp_path), ""))
 
 
 @pytest.mark.long

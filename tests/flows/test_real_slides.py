@@ -9,7 +9,7 @@ import pytest
 
 from tests.flows.conftest import run
 
-NO_MPP = "(set `mpp` for it in the cohort table or pass `--assume-mpp`)"
+NO_MPP = "(set `mpp` for it in the cohort table or pass `--set tile.assume_mpp=MPP`)"
 SMALL = "px is smaller than one tile"
 MADE_UP = "tiles of 0.5 mpp would have to be made up: the slide has 16.78"
 NEW_COPY = "(get a new copy of the file, or leave the slide out)"

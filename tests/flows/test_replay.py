@@ -95,6 +95,13 @@ def test_settings_that_are_tables_come_from_the_record_too(study):
         assert (again.mil, again.pretrain) == (recorded.mil, recorded.pretrain)
 
 
+def test_folders_with_any_character_stay_as_they_are(tmp_path):
+    place = tmp_path / "\U0001f52c #1 \u00e4: x"
+    given = load_study(None, [f"out={place / 'out'}", f"cohort.table={place / 'cohort.csv'}"])
+    again = _as_recorded(given, given.model_dump(mode="json"))
+    assert (again.out, again.cohort.table) == (place / "out", place / "cohort.csv")
+
+
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory, cohort_table):
     """A study of nine slides that got three more, with a record of each run."""

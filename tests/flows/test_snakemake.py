@@ -128,6 +128,35 @@ def test_a_job_that_breaks_ends_what_follows_from_it_and_nothing_else(study, cap
     assert "failed  extract 1-of-2  error: it is broken - see logs/extract/1-of-2.log" in capsys.readouterr().err
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["st #2", "a: b", "'q'", 'O\'Neil $HOME "{log}" ü \U0001f600'])
+def test_a_study_in_a_folder_whose_name_says_something_in_yaml_or_a_shell(study, name):
+    (study.parent / "st").mkdir()  # what "st #2" is in YAML
+    out = study.rename(study.parent / name)
+    last = {("mil", "all"): "new", ("report", "all"): "stale"}
+    assert engine(out, planned(out, {"else": "current", **last})) == ExitCode.DONE
+    assert calls(out) == [("mil", "all"), ("report", "all")]
+    assert list((study.parent / "st").iterdir()) == []
+
+
+def test_what_snakemake_is_told_of_the_study_holds_no_path_that_yaml_may_read(tmp_path):
+    """Values of --config are YAML, and reach the jobs of a cluster by a shell."""
+    call = snakemake_engine._Snakemake(tmp_path / "st #2", RunOptions(engine="snakemake", until="mil"), "").call()
+    given = call[call.index("--config") + 1 :]
+    assert given == ["out=.", f"engine={os.getpid()}", "until=mil"]
+    assert call[call.index("--directory") + 1] == str(tmp_path / "st #2")
+
+
+def test_jobs_find_the_key_of_the_logs_from_the_output_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    called = snakemake_engine._Snakemake(tmp_path / "out", RunOptions(engine="snakemake"), "")
+    for named, meant in {"keys/a.key": str(tmp_path / "keys" / "a.key"), "/etc/a.key": "/etc/a.key", "": ""}.items():
+        monkeypatch.setenv("PATHFM_AUDIT_KEY", named)
+        assert called.environment["PATHFM_AUDIT_KEY"] == meant
+    monkeypatch.delenv("PATHFM_AUDIT_KEY")
+    assert "PATHFM_AUDIT_KEY" not in called.environment
+
+
 def test_an_up_to_date_study_starts_nothing(study, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "Popen", None)
     assert engine(study, planned(study, {"else": "current"})) == ExitCode.DONE
@@ -297,6 +326,22 @@ def test_submit_checks_everything_before_it_submits_anything(tmp_path):
     first, second = asked.read_text().splitlines()
     assert first.endswith("--time=5 " + f"{submit.parent / 'tile.sh'} study.yaml")
     assert "--time=5 --dependency=afterok:1" in second
+
+
+@pytest.mark.parametrize("cores", ["12", None], ids=["as many cores as the header says", "cores by GPU"])
+def test_the_tasks_of_pretraining_get_the_cores_of_the_job(tmp_path, cores):
+    """Since SLURM 22.05, srun takes no cores from the job: a task that does not ask for them gets one."""
+    asked = tmp_path / "asked.txt"
+    program(tmp_path / "bin", "srun", f'printf "%s\\n" "$@" > {asked}; exit 75')
+    program(tmp_path / "bin", "scontrol", f'echo "scontrol $*" >> {asked}')
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment.pop("SLURM_CPUS_PER_TASK", None)
+    environment |= {"SLURM_CPUS_PER_TASK": cores} if cores else {}
+    done = subprocess.run(["bash", pipelines() / "slurm" / "pretrain.sh", "my study.yaml"], env=environment)
+    words = asked.read_text().splitlines()
+    assert done.returncode == 75
+    assert [word for word in words if "cpus" in word] == ([f"--cpus-per-task={cores}"] if cores else [])
+    assert words[-4:] == ["pathfm", "pretrain", "my study.yaml", "scontrol requeue 7"]
 
 
 def test_the_rules_are_found_in_an_installation_too(tmp_path, monkeypatch):

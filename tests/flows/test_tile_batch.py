@@ -569,3 +569,17 @@ def test_a_slide_that_changes_before_it_is_copied_is_not_taken_for_the_old_one(t
     code, _, err = tile(some, out)
     assert code == 0, err
     assert (litter(out), digest(out)) == ([], digest(undisturbed))
+
+
+@pytest.mark.long
+def test_a_store_with_a_damaged_attribute_is_made_again(slides, undisturbed, tmp_path):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    for name, damage in {"s0": ("codec", None), "s1": ("counts", 5)}.items():
+        file = stores_of(out) / f"{name}.zarr" / "zarr.json"
+        content = json.loads(file.read_text())
+        content["attributes"]["pathfm"] |= [damage]
+        file.write_text(json.dumps(content))
+    code, _, err = tile(slides, out)
+    assert (code, is_plain(err)) == (0, True), err
+    assert {name: fate for name, (fate, _) in outcomes(out).items()} == {"s0": "done", "s1": "done", "s2": "kept"}
+    assert digest(out) == digest(undisturbed)

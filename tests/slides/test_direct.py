@@ -144,6 +144,7 @@ def test_a_slide_that_would_read_differently_is_read_by_openslide_and_the_log_sa
     with caplog.at_level(logging.WARNING), open_slide(tmp_path / "slide.tiff") as reader:
         assert reader.name == "openslide"
     assert "read by openslide, not directly: tile" in caplog.text
+    assert "slide.tiff" not in caplog.text, "it may name a patient"
 
 
 def test_other_vendors_are_left_to_openslide(tmp_path, tissue, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -211,6 +212,13 @@ def test_what_is_no_dense_store_is_refused(tmp_path):
     meta.write_text(meta.read_text().replace('"version": 1', '"version": 99'))
     with pytest.raises(StoreError, match="newer pathfm"):
         open_dense(path)
+    for name, damage in {"grid": [4], "dim": None, "dtype": "text", "shard_tiles": 0, "tiles": "x", "slide_id": 5}.items():
+        content = json.loads(meta.read_text())
+        content["attributes"]["pathfm"] |= {"version": 1, name: damage}
+        meta.write_text(json.dumps(content))
+        with pytest.raises(StoreError, match=f"attribute {name} is damaged"):
+            open_dense(path)
+        written(path, rows(1))
     with pytest.raises(StoreError, match="coordinates of 2"):
         DenseWriter(path, 3, SHAPE, "float16", corners(2), ATTRS)
 

@@ -114,6 +114,13 @@ def test_the_table_of_who_is_who(folder):
         write_pseudonyms(folder / "cohort.csv", folder / "key", folder / "who.csv")
 
 
+def test_a_table_of_nobody_is_refused(folder):
+    (folder / "none.csv").write_text("slide_id,path,patient_id\n\n")
+    with pytest.raises(UsageError, match="the table has no rows"):
+        write_pseudonyms(folder / "none.csv", folder / "key", folder / "nobody.csv")
+    assert not (folder / "nobody.csv").exists()
+
+
 def test_files_that_go_by_names_are_refused(folder):
     refuse_named_files(load_study(None, [f"tile.coords={folder}"]))
     refuse_named_files(load_study(None, [f"cohort.pseudonym_key={folder / 'key'}"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import pickle
 
@@ -250,6 +252,49 @@ def test_whole_stores_are_told_from_damaged_ones(tmp_path, images, codec):
         assert open_tiles(path).is_whole()
         damage(path / file)
         assert not open_tiles(path).is_whole(), file
+
+
+DAMAGES = (None, True, -1, 0, 1.5, 2**70, "x", [], ["x"], {}, {"a": None}, [1, 2, 3], float("nan"))
+
+
+def test_a_damaged_attribute_is_named_at_opening_or_read_as_it_is(tmp_path, images):
+    """Whatever stands in the place of one: a store opens and can be read, or is refused by name so that it is made again."""
+    _several(tmp_path / "a.zarr", images)
+    file = tmp_path / "a.zarr" / "zarr.json"
+    good = json.loads(file.read_text())
+    names = [*good["attributes"]["pathfm"], "counts", "empty_reason", "tile_height_level0", "slide_mpp"]
+    refused = dict.fromkeys(names, 0)
+    for name, damage in itertools.product(names, (*DAMAGES, "absent")):
+        changed = copy.deepcopy(good)
+        changed["attributes"]["pathfm"][name] = damage
+        if damage == "absent":
+            del changed["attributes"]["pathfm"][name]
+        file.write_text(json.dumps(changed))
+        try:
+            store = open_tiles(tmp_path / "a.zarr")
+            assert isinstance(hash((store.slide_id, store.fingerprint, store.tile_sides_level0, store.scales)), int)
+            if store.is_whole():
+                store.read(range(len(store)))
+        except StoreError as error:
+            assert name in error.what or name in {"format", "version"} or "tile 0" in error.what, (name, damage, error)
+            refused[name] += 1
+    assert all(count > 8 for count in refused.values()), refused
+    for damage in DAMAGES:
+        for path in (("attributes",), ("attributes", "pathfm")):
+            changed = copy.deepcopy(good)
+            (changed if len(path) == 1 else changed["attributes"])[path[-1]] = damage
+            file.write_text(json.dumps(changed))
+            with pytest.raises(StoreError, match="not a pathfm tile store"):
+                open_tiles(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("damage", [{"chunk_grid": None}, {"codecs": 5}, {"data_type": [1]}, {"chunk_grid": {"name": []}}])
+def test_an_array_whose_metadata_are_damaged_is_named(tmp_path, images, damage):
+    write_tiles(tmp_path / "a.zarr", images[:9], slide_id="a")
+    file = tmp_path / "a.zarr" / "xy_level0" / "zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(StoreError, match="array xy_level0 is damaged"):
+        _ = open_tiles(tmp_path / "a.zarr").xy_level0
 
 
 def test_stores_without_tiles_or_pixels_are_whole(tmp_path, images):
