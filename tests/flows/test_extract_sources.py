@@ -81,6 +81,7 @@ def test_every_source_gives_the_same_tiles(slides, tmp_path):
     assert 0 < np.abs(apart).mean() < 4
 
 
+@pytest.mark.long
 def test_every_source_gives_the_same_features(slides, tmp_path):
     """Through the stage, from stores with pixels and straight from the slides: equal to the last bit, at the same places."""
     found = []

@@ -83,6 +83,7 @@ def _tree(folder, slide):
     return {*PLAIN, "a__same", "b b__ü__same", "twin.svs", "twin.tif", "link", "linked__far"}
 
 
+@pytest.mark.long
 def test_slides_of_all_names(tmp_path, slide):
     source, out = tmp_path / "sli des#1", tmp_path / "o ut%20é"
     expected = _tree(source, slide)

@@ -228,6 +228,7 @@ def write_pictures(folder: Path, tissue: np.ndarray) -> None:
     (folder / "people.ome.tif").write_bytes(patched)
 
 
+@pytest.mark.long
 def test_other_kinds_of_pictures(tissue, tmp_path):
     (tmp_path / "slides").mkdir()
     write_pictures(tmp_path / "slides", tissue)

@@ -120,7 +120,8 @@ def facts(store):
 
 
 @pytest.mark.parametrize(
-    "way", ["shrunk", "passed through", *(pytest.param(way, marks=pytest.mark.long) for way in ("stitched", "coordinates"))]
+    "way",
+    ["shrunk", *(pytest.param(way, marks=pytest.mark.long) for way in ("passed through", "stitched", "coordinates"))],
 )
 def test_a_slide_on_a_server_gives_the_store_of_the_local_file(tmp_path, slides, server, way):
     code, near, said = tiled(tmp_path / "near", [("slide", slides / "ome.tif")], *WAYS[way])
@@ -171,7 +172,7 @@ def test_with_a_cache_any_kind_of_slide_is_downloaded_whole(tmp_path, slides, se
     assert not list((tmp_path / "cache").rglob("*.svs"))
 
 
-@pytest.mark.parametrize("requests", [0, 6, 12])
+@pytest.mark.parametrize("requests", [0, *(pytest.param(requests, marks=pytest.mark.long) for requests in (6, 12))])
 def test_a_server_that_fails_is_a_row_with_one_clear_line(tmp_path, slides, server, requests):
     server.fails_after = requests
     sources = [("far", server.url("ome.tif")), ("near", slides / "ome.tif")]

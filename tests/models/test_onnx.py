@@ -25,6 +25,7 @@ def tiny(**changes):
     return vit.eval()
 
 
+@pytest.mark.long
 @needs_onnx
 @pytest.mark.parametrize("changes", [{"registers": 4}, {"positions": "rope"}], ids=["registers", "rope"])
 def test_any_batch_gives_the_features_of_torch(tmp_path, changes):
@@ -42,6 +43,7 @@ def test_any_batch_gives_the_features_of_torch(tmp_path, changes):
         np.testing.assert_allclose(mean_ND, tokens[:, vit.num_prefix_tokens :].mean(1), atol=1e-5)
 
 
+@pytest.mark.long
 @needs_onnx
 def test_the_file_repeats_and_names_no_place(tmp_path):
     for name in ("a.onnx", "b.onnx"):

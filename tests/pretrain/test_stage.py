@@ -121,6 +121,7 @@ def test_a_run_killed_before_the_export_only_exports(tmp_path, stores, monkeypat
     assert content_digest(tmp_path / "e") == before
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, stores, caplog):
     changes = {"steps": 6, "checkpoint_every": 2}
     run_pretrain(study(**changes), stores, tmp_path / "whole", "print")

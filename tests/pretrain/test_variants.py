@@ -68,7 +68,7 @@ def test_larger_crops_and_a_lower_rate_in_the_high_resolution_phase(tmp_path, st
     assert float(curve[1]["lr"]) == pytest.approx(0.1 * float(curve[0]["lr"]))
 
 
-@pytest.mark.parametrize("train", ["all", "last", "lora"])
+@pytest.mark.parametrize("train", ["lora", *(pytest.param(train, marks=pytest.mark.long) for train in ("all", "last"))])
 def test_continued_pretraining_changes_what_it_is_told_to_and_reports_the_drift(tmp_path, stores, train):
     run_pretrain(study(steps=2), stores, tmp_path / "first", "first")
     init = f"local-dir:{tmp_path / 'first/teacher'}"
@@ -112,6 +112,7 @@ def test_distillation_nears_the_features_of_its_teacher(tmp_path, stores):
     assert not [name for name in load_encoder_folder(tmp_path / "e/teacher").model.state_dict() if "cls_head" in name]
 
 
+@pytest.mark.long
 # Inside dynamo, about tensors of its own.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_blocks_are_looked_at_too(tmp_path, stores, monkeypatch):
