@@ -18,6 +18,7 @@ from pathfm.config import fingerprint
 from pathfm.errors import StoreError
 from pathfm.events import Events
 from pathfm.faults import crash_point
+from pathfm.log import decimals
 from pathfm.store.cohort import id_problem
 from pathfm.store.commit import commit_dir, read_json, recover, write_json
 from pathfm.store.manifest import file_digest
@@ -255,7 +256,8 @@ def shown_decision(said: Mapping[str, Any]) -> str:
     if not values:
         return decision
     name = decision if decision in values else max(values, key=values.__getitem__)
-    value = f"{values[name]:.2f}" if name == decision else f"{name} {values[name]:.2f}"
+    number = decimals(values[name], 2)
+    value = number if name == decision else f"{name} {number}"
     return f"{decision} ({value})" if decision else value
 
 

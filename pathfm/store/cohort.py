@@ -158,14 +158,14 @@ def check_labels(cohort: Cohort, label: str, level: Literal["patient", "specimen
         raise UsageError("no slide has this label", where=where, fix="fill the column, or set mil.label to another one")
     if level == "slide":
         return
-    seen: dict[str, dict[str, list[int]]] = {}
+    seen: dict[tuple[str | None, ...], dict[str, list[int]]] = {}
     for row in labelled:
-        name = row.patient_id
-        if level == "specimen":  # two patients may each have a specimen 1
-            name = row.specimen_id and " ".join(filter(None, (row.patient_id, row.specimen_id)))
-        if name is not None:
+        # Two patients may each have a specimen 1.
+        name = (row.patient_id, row.specimen_id) if level == "specimen" else (row.patient_id,)
+        if name[-1]:
             seen.setdefault(name, {}).setdefault(row.labels[label], []).append(row.line)
-    _refuse([_contradiction(level, name, said) for name, said in seen.items() if len(said) > 1], where)
+    found = [(" ".join(filter(None, name)), said) for name, said in seen.items() if len(said) > 1]
+    _refuse([_contradiction(level, *each) for each in found], where)
 
 
 def _label_fix(label: str, known: Sequence[str]) -> str:

@@ -286,6 +286,7 @@ def test_a_decision_is_shown_with_its_probability():
         "abstain:uncertain (tumour 0.93)"
     )
     assert shown_decision({"decision": "", "probability": {"risk": 1.5}}) == "risk 1.50"
+    assert shown_decision({"decision": "", "probability": {"per_base": 3.2e-7}}) == "per_base 3.2e-07"
     assert shown_decision({"decision": "abstain:no tiles", "probability": {}}) == "abstain:no tiles"
 
 

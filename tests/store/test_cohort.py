@@ -249,6 +249,15 @@ def test_labels_of_a_patient_may_not_contradict_each_other():
     check_labels(labelled(("p1", "MSI"), ("p1", ""), ("p2", "MSS")), "label", "patient")
 
 
+def test_specimens_are_told_apart_however_they_and_their_patients_are_called():
+    slides = [("A B", "C", "MSI"), ("A", "B C", "MSS"), ("A", "1", "MSI"), ("D", "1", "MSS")]
+    rows = (SlideRow(f"s{n}", Path("a"), n, patient, of, labels={"label": said}) for n, (patient, of, said) in enumerate(slides))
+    cohort = Cohort(tuple(rows), ("label",))
+    check_labels(cohort, "label", "specimen")
+    with pytest.raises(UsageError, match="patient 'A' is"):
+        check_labels(cohort, "label", "patient")
+
+
 def test_a_label_column_must_exist_and_hold_something():
     unlabelled = Cohort((SlideRow("s1", Path("a")),))
     with pytest.raises(UsageError, match=r"--set cohort.table=TABLE.csv with columns slide_id,path,patient_id,label gives"):
