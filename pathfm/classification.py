@@ -53,17 +53,18 @@ def check_for_mil(run: Run) -> None:
         UsageError: no patients, or labels that nothing can be learned from.
     """
     from pathfm.mil.held_out import held_out_slides
-    from pathfm.mil.roster import check_cohort, has_label
+    from pathfm.mil.roster import check_cohort, labelled_units, patient_ids
     from pathfm.mil.tasks import make_tasks
 
     check_cohort(run.cohort, run.study.mil)
-    make_tasks(run.study.mil, [row.labels for row in run.cohort.rows if has_label(row.labels, run.study.mil)])
     if not run.study.cohort.patient_is_slide and any(row.patient_id is None for row in run.cohort.rows):
         raise UsageError(
             "mil refuses to split without patients: slides of one patient on both sides of a split make every number too good",
             where="cohort",
             fix="add a patient_id column, or pass --patient-is-slide if every slide is another patient",
         )
+    patients = patient_ids(run.cohort, run.study.cohort)
+    make_tasks(run.study.mil, [unit.labels for unit in labelled_units(run.cohort, patients, run.study.mil)])
     held_out_slides(run.study, run.cohort)
 
 

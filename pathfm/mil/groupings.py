@@ -38,7 +38,7 @@ def find_groupings(rows: Sequence[SlideRow], patient_of: Mapping[str, str], labe
     """Columns of the table, and names of slides, that group rows which count as different patients.
 
     Args:
-        rows: of the cohort; their order plays no role.
+        rows: of the cohort, with the labels that count for them; their order plays no role.
         patient_of: slide_id -> patient.
         labels: columns that are predicted, the main one first; they group nothing.
     """

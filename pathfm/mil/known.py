@@ -5,6 +5,7 @@ All of this is asked before slides are tiled; only the search by pictures needs 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,10 +15,10 @@ from pathfm.errors import SlideError, UsageError
 from pathfm.log import plural, say
 from pathfm.mil.predict import Ensemble
 from pathfm.mil.prediction_table import Known
-from pathfm.mil.roster import all_columns, has_label, patient_ids
+from pathfm.mil.roster import all_columns, labelled_units, patient_ids
 from pathfm.mil.seen import Seen, check_refusal, encoder_folder, look_for_seen, rule_of
 from pathfm.slides.reader import slide_identity
-from pathfm.store.cohort import Cohort, SlideRow, check_labels
+from pathfm.store.cohort import Cohort, check_labels
 from pathfm.store.manifest import find_by_identity, manifest_of, name_key
 from pathfm.study import Study
 
@@ -33,14 +34,15 @@ def check_known(study: Study, cohort: Cohort, ensemble: Ensemble, rule: TrainedR
         UsageError: labels that the bundle does not know, or labelled slides of patients whom the networks learned from or the
             encoder has seen, where that is refused.
     """
-    bundle, rows = ensemble.bundle, cohort.rows
-    labelled = [row for row in rows if has_label(row.labels, bundle.settings)]
+    bundle, rows, patients = ensemble.bundle, cohort.rows, patient_ids(cohort, study.cohort)
+    units = labelled_units(cohort, patients, bundle.settings)
+    labelled = {slide_id for unit in units for slide_id in unit.slide_ids}
     for name in all_columns(bundle.settings) if labelled else ():
         if any(row.labels.get(name) for row in rows):
             check_labels(cohort, name, bundle.settings.level)
     if labelled:
-        ensemble.tasks.encode([{name: row.labels.get(name, "") for name in all_columns(bundle.settings)} for row in labelled])
-    patients, identity = patient_ids(cohort, study.cohort), {row.slide_id: _identity(row.path) for row in rows}
+        ensemble.tasks.encode([unit.labels for unit in units])
+    identity = {row.slide_id: _identity(row.path) for row in rows}
     found = {slide_id: bundle.trained_on(patient, identity[slide_id]) for slide_id, patient in patients.items()}
     same = {patients[slide_id] for slide_id, why in found.items() if why}
     trained = {slide_id: found[slide_id] or "same patient" for slide_id, patient in patients.items() if patient in same}
@@ -71,7 +73,7 @@ def check_seen(study: Study, cohort: Cohort, stores_dir: Path, known: Known) -> 
     return seen
 
 
-def _check_trained(known: Known, labelled: list[SlideRow], rule: TrainedRule, seen: Seen) -> None:
+def _check_trained(known: Known, labelled: Collection[str], rule: TrainedRule, seen: Seen) -> None:
     same, patients = known.trained_patients, known.patients
     if labelled and rule == "refuse":
         shown = bullet_list([f"{slide_id}: {why}" for slide_id, why in sorted(known.trained.items())], SHOWN)
@@ -82,7 +84,7 @@ def _check_trained(known: Known, labelled: list[SlideRow], rule: TrainedRule, se
             count = plural(len(seen.seen_patients), "patient")
             fix += f"; the encoder has seen {count} too: add --set mil.seen_in_pretraining=mark (or =exclude) as well"
         raise UsageError(what, where="slides", fix=fix)
-    if labelled and rule == "exclude" and not {patients[row.slide_id] for row in labelled} - same:
+    if labelled and rule == "exclude" and not {patients[slide_id] for slide_id in labelled} - same:
         raise UsageError("nobody is left to judge: the networks learned from all of these patients", where="--trained exclude")
     say(f"note: the networks learned from {len(same)} of these patients (column trained_on)")
 

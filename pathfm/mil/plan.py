@@ -160,8 +160,10 @@ def make_plan(study: Study, cohort: Cohort, inputs: MilInputs, cache: FeatureCac
         raise UsageError("no slide can take part", where="mil", fix="; ".join(lost[:5]))
     tasks = make_tasks(study.mil, [unit.labels for unit in units])
     target_BT = tasks.encode([unit.labels for unit in units])
-    used = [row for row in cohort.rows if row.slide_id in gathered.slides]
-    groupings = find_groupings(used, patients, all_columns(study.mil))
+    label_of = {slide_id: unit.labels for unit in units for slide_id in unit.slide_ids}
+    used = [row for row in cohort.rows if row.slide_id in label_of]
+    labelled = [replace(row, labels={**row.labels, **label_of[row.slide_id]}) for row in used]
+    groupings = find_groupings(labelled, patients, all_columns(study.mil))
     gathered.notes += groupings.notes
     leaks = (*find_leaks(_traces(gathered, patients)), *groupings.leaks)
     seen = look_for_seen(study, cohort, inputs.stores_dir, inputs.encoder_dir)

@@ -78,7 +78,7 @@ def _points(trust: Content, positive: str) -> tuple[Item | None, ...]:
     rows = []
     for point in points:
         low, high = point.get("threshold_low"), point.get("threshold_high")
-        spread = f"folds {low:.2f} to {high:.2f}" if low is not None and high is not None and low != high else ""
+        spread = f"folds {numeral(low)} to {numeral(high)}" if low is not None and high is not None and low != high else ""
         threshold = Cell(numeral(point["threshold"]), spread, number=True)
         calibrated = numeral(point.get("threshold_calibrated"))
         shares = (share_cell(point["sensitivity"]), share_cell(point["specificity"]))

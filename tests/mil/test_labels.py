@@ -3,9 +3,12 @@
 import csv
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from pathfm.classification import check_for_mil
+from pathfm.errors import UsageError
 from pathfm.mil.roster import Absence, has_label, labelled_slides, make_units, patient_ids, said_label, said_labels
 from pathfm.mil.stage import run_mil
 from pathfm.mil_settings import MilSettings, TaskSettings
@@ -52,6 +55,35 @@ def test_a_label_that_one_slide_has_is_that_of_the_patient(two_each):
     for name in ("predictions.csv", "patients.csv", "splits.json"):
         assert (once.mil_dir / name).read_bytes() == (whole.mil_dir / name).read_bytes()
     assert metrics(once)["flow"] == metrics(whole)["flow"]
+
+
+def test_a_label_in_one_row_hides_no_group_of_slides_from_the_search_for_leaks(tmp_path):
+    study, said = planted(tmp_path, patients=24, stores=False), []
+
+    def shared(place, row):  # the second slides of six patients of a class come from one block
+        return replace(
+            row, labels={**row.labels, "source": f"{row.labels['label']}{place // 24}" if place % 2 else f"own{place}"}
+        )
+
+    whole = Cohort(tuple(shared(place, row) for place, row in enumerate(study.cohort.rows)), ("label", "source"))
+    for name, change in (("whole", {}), ("once", {"label": ""})):
+        rows = (replace(row, labels={**row.labels, **change}) if place % 2 else row for place, row in enumerate(whole.rows))
+        with pytest.raises(UsageError, match="same source") as refused:
+            run_mil(study.study(**SMALL), Cohort(tuple(rows), whole.label_names), study.into(name))
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+
+
+def test_what_survival_needs_may_stand_in_two_rows_of_a_patient(two_each):
+    def split(place, row):
+        return replace(
+            row, labels={"months": "", "dead": str(place % 4 // 2)} if place % 2 else {"months": str(place + 1), "dead": ""}
+        )
+
+    table, settings = relabelled(two_each, split), MilSettings(label="os", time="months", event="dead")
+    run = SimpleNamespace(cohort=table, study=two_each.study().model_copy(update={"mil": settings}))
+    check_for_mil(run)
+    assert len(labelled_slides(table, patient_ids(table, CohortSettings()), settings)) == 28
 
 
 def test_slide_by_slide_a_slide_without_label_takes_no_part(two_each):

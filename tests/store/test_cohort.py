@@ -251,7 +251,7 @@ def test_labels_of_a_patient_may_not_contradict_each_other():
 
 def test_specimens_are_told_apart_however_they_and_their_patients_are_called():
     slides = [("A B", "C", "MSI"), ("A", "B C", "MSS"), ("A", "1", "MSI"), ("D", "1", "MSS")]
-    rows = (SlideRow(f"s{n}", Path("a"), n, patient, of, labels={"label": said}) for n, (patient, of, said) in enumerate(slides))
+    rows = (SlideRow(f"s{n}", Path("a"), n, *whose, labels={"label": said}) for n, (*whose, said) in enumerate(slides))
     cohort = Cohort(tuple(rows), ("label",))
     check_labels(cohort, "label", "specimen")
     with pytest.raises(UsageError, match="patient 'A' is"):
