@@ -184,11 +184,11 @@ def _from_here(override: str) -> str:
     """An override whose relative path starts at the current folder."""
     name, _, text = override.partition("=")
     value = text.strip()
-    if name.strip() in ENCODER_NAMES:
-        given = _parse(value, f"--set {name}")
-        names = given if isinstance(given, list) else [given]
-        placed = [_placed_name(Path.cwd(), each) if isinstance(each, str) else each for each in names]
-        return f"{name}={json.dumps(placed if isinstance(given, list) else placed[0])}"
+    if name.strip() in ENCODER_NAMES and value.partition(":")[0] in PATH_SCHEMES:
+        # What YAML would make of a number sign or a colon in it is not meant.
+        return f"{name}={json.dumps(_placed_name(Path.cwd(), value))}"
+    if name.strip() in ENCODER_NAMES and isinstance(given := _parse(value, f"--set {name}"), list):
+        return f"{name}={json.dumps([_placed_name(Path.cwd(), each) if isinstance(each, str) else each for each in given])}"
     if name.strip() not in PATHS or not value or value in {"null", "~"} or value[0] in "\"'[":
         return override
     return f"{name}={json.dumps(str(Path.cwd() / value))}"

@@ -176,6 +176,10 @@ def test_encoders_and_weights_start_at_the_study_file_and_those_of_overrides_her
     assert study.pretrain.init is None
     assert (study.extract.weights, study.extract.encoder) == (here / "w.pth", f"local-dir:{here / 'enc'}")
     assert study.extract.also == (f"local-dir:{here / 'enc'}", "uni")
+    for folder in ("study #2/enc", "st: 2/enc", "a'b"):
+        typed = (f"extract.encoder=local-dir:{folder}", f"pretrain.init=local-dir:{folder}")
+        study = load_study(path, typed)
+        assert study.extract.encoder == study.pretrain.init == f"local-dir:{here / folder}"
     for wrong in ("extract.also=['local-dir:enc', {a: b}]", "extract.encoder={local-dir: enc}"):
         with pytest.raises(UsageError, match="extract"):
             load_study(path, [wrong])
