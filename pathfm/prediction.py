@@ -49,7 +49,7 @@ MAY_BE_SET = (
     "cohort.folder_of_tiles",
     ASSUME_MPP,
 )
-"""What may be set besides folders that the bundle asks for: nothing that changes a result (another encoder is refused)."""
+"""What may be set besides folders that the bundle asks for: nothing that changes the classifier (nor its encoder)."""
 NO_PATIENTS = "slides without patient_id count as patients of their own: intervals are too narrow if some belong together"
 
 
